@@ -1,0 +1,69 @@
+"""The edge of every recipe: Hydra in, one line and exit code 2 out when the user asked for something wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_vopd.errors import OptionError
+
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
+
+Runner = Callable[..., Callable[[Callable[[DictConfig], None]], Callable[[], None]]]
+
+
+def run_recipe(task: Callable[[DictConfig], None], config_name: str, runner: Runner) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and call `task` with it.
+
+    `runner` is `nemo.core.config.hydra_runner`, or `hydra_main` for recipes that should start at once.
+    A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
+    try:
+        runner(config_path=CONF, config_name=config_name)(task)()
+    except OptionError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error))
+
+
+def hydra_main(config_path: str, config_name: str) -> Callable:
+    """`hydra.main` with the output folders switched off, as `hydra_runner` does, without importing NeMo."""
+    import hydra
+
+    sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=stdout"]
+    return hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)
+
+
+def _fail(message: str) -> None:
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    # os._exit: other ranks may sit in a collective, and an orderly interpreter exit would wait for them
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _explain(error: Exception) -> str:
+    """One line with option, value, rule and remedy from a Hydra or OmegaConf error."""
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__).split()) if error.__cause__ else ""
+    full_key = re.search(r"full_key: (\S+)", text + " " + cause)
+    overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("-", "hydra"))]
+    named = re.search(r"[Cc]ould not override '([^']+)'", text)
+    name = named.group(1) if named else full_key.group(1) if full_key else ""
+    typed = next((a for a in overrides if name and a.lstrip("+~").split("=")[0] == name), name or "configuration")
+    if "=" not in typed:
+        typed += "=?"
+    if "is not in struct" in text + cause or "not in '" in text + cause:
+        return f"{typed}: no such option; see conf/ or nemo_vopd/config.py for the names"
+    if "Could not find" in text or "Cannot find" in text:
+        return f"{typed}: {text.split('Available options')[0].strip()}; pick a file of conf/"
+    reason = (cause or text).split(" full_key:")[0]
+    return f"{typed}: {reason}; see nemo_vopd/config.py for the type of each option"

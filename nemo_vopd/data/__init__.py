@@ -1,0 +1,1 @@
+"""From records on disk to prompts: crops, templates, M-RoPE positions, Energon."""

@@ -1,0 +1,42 @@
+"""What `--config-name tiny` runs on, made on first use."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from nemo_vopd.data.prepare import prepare
+from nemo_vopd.data.synthetic import write_digits
+from nemo_vopd.data.tiny_model import write_tiny_model
+from nemo_vopd.errors import OptionError
+
+NUM_SAMPLES = 256
+_SEED = 1
+
+
+def ensure_tiny_assets(hf_path: Path, data_path: Path) -> None:
+    """Make the tiny model and the tiny data set where they are missing.
+
+    Deterministic, and safe for concurrent processes: each writes under a temporary name, the first rename wins and
+    the others use its result. What exists is left as it is. Raises OptionError when a place cannot be written.
+    """
+    hf_path, data_path = Path(hf_path), Path(data_path)
+    if not hf_path.exists():
+        try:
+            write_tiny_model(hf_path, seed=_SEED)
+        except OptionError:
+            if not hf_path.exists():
+                raise
+    if not data_path.exists():
+        _write_data(data_path)
+
+
+def _write_data(data_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        digits = Path(scratch) / "digits"
+        write_digits(digits, num_samples=NUM_SAMPLES, seed=_SEED)
+        try:
+            prepare(digits / "data.jsonl", data_path, workers=1, progress=False)
+        except OptionError:
+            if not data_path.exists():
+                raise

@@ -1,0 +1,189 @@
+"""Prompts as the model's own processor writes them: chat template, image patches, M-RoPE positions.
+
+`AutoProcessor` is avoided: its video part needs torchvision. The tokenizer and the image processor (Pillow
+backend) do not, and both views go through the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from nemo_vopd.batch import View
+from nemo_vopd.config import PixelConfig
+from nemo_vopd.data.views import UnusableSample
+from nemo_vopd.errors import OptionError
+
+_VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
+_MAX_ASPECT = 200
+"""Qwen's smart resize refuses images more elongated than this."""
+
+
+class Processor:
+    """Tokenizer, image processor and special ids of one Hugging Face directory."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: dict, end_token_ids: list[int]) -> None:
+        """Use `from_pretrained`. `config` is the directory's config.json."""
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.end_token_ids: list[int] = end_token_ids
+        """Ids that end a response; the first is the one written after an answer."""
+        self.image_token_id: int = config["image_token_id"]
+        self._special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self._special_texts = [tokenizer.added_tokens_decoder[i].content for i in tokenizer.added_tokens_decoder]
+        self._template_options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        if "enable_thinking" in str(tokenizer.chat_template):
+            self._template_options["enable_thinking"] = False
+        self._last_template: tuple[tuple[str, int], list[int]] | None = None
+
+    @classmethod
+    def from_pretrained(cls, hf_path: str | Path) -> Processor:
+        """Load the directory `hf_path`, never the network. Raises OptionError (model.hf_path) if it is incomplete."""
+        path = Path(hf_path)
+        remedy = "give the directory of a Hugging Face vision-language model"
+        if not path.is_dir():
+            raise OptionError("model.hf_path", hf_path, "is not a directory", remedy)
+        for names in (("config.json",), ("tokenizer.json", "vocab.json"), ("preprocessor_config.json",)):
+            if not any((path / name).is_file() for name in names):
+                raise OptionError("model.hf_path", hf_path, f"has no {' or '.join(names)}", remedy)
+        try:
+            config = json.loads((path / "config.json").read_text())
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(
+                "model.hf_path", hf_path, f"cannot be read ({error})".replace("\n", " "), remedy
+            ) from None
+        if "image_token_id" not in config or "vision_config" not in config:
+            raise OptionError("model.hf_path", hf_path, "is not a vision-language model (config.json)", remedy)
+        if (path / "chat_template.json").is_file() and not (path / "chat_template.jinja").is_file():
+            # the processor's template: some releases give the tokenizer a text-only one
+            tokenizer.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
+        if not tokenizer.chat_template:
+            raise OptionError("model.hf_path", hf_path, "has no chat template", "use the instruction-tuned model")
+        return cls(tokenizer, image_processor, config, _end_token_ids(path, tokenizer))
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills up batches; any id serves, as padding is never attended to nor predicted."""
+        pad = self.tokenizer.pad_token_id
+        return self.end_token_ids[0] if pad is None else pad
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding, padding included: the width of its logits."""
+        return {**self.config, **self.config.get("text_config", {})}["vocab_size"]
+
+    @property
+    def forbidden_token_ids(self) -> list[int]:
+        """Image, video and vision ids: a response that held one could not be scored (its image would be missing)."""
+        named = {value for key, value in self.config.items() if _is_vision_id(key, value)}
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if _VISION_TOKEN.match(token.content)}
+        return sorted((named | added) - set(self.end_token_ids))
+
+    def view(self, images: list[Image.Image], question: str, pixels: list[PixelConfig]) -> View:
+        """The prompt of `question` about RGB `images`; image i is resized into the range `pixels[i]`.
+
+        Raises UnusableSample: empty_question, malformed_record (the question contains a special token, which would
+        be read as one), extreme_aspect.
+        """
+        if not question.strip():
+            raise UnusableSample("empty_question")
+        template = self._template(question, len(images))
+        encoded = [self.patches(image, limits) for image, limits in zip(images, pixels, strict=True)]
+        grid_thw = torch.cat([grid for _, grid in encoded])
+        merge = self.image_processor.merge_size
+        token_ids, counts = [], iter((grid_thw.prod(dim=1) // merge**2).tolist())
+        for token in template:
+            token_ids += [token] * next(counts) if token == self.image_token_id else [token]
+        ids = torch.tensor(token_ids)
+        return View(
+            token_ids=ids,
+            position_ids=mrope_positions(ids, grid_thw, self.image_token_id, merge),
+            pixel_values=torch.cat([values for values, _ in encoded]),
+            grid_thw=grid_thw,
+        )
+
+    def patches(self, image: Image.Image, limits: PixelConfig) -> tuple[Tensor, Tensor]:
+        """([N, C * temporal_patch * patch * patch] float32, [1, 3] int64) of one RGB image. Raises UnusableSample."""
+        width, height = image.size
+        if max(width, height) > _MAX_ASPECT * min(width, height):
+            raise UnusableSample("extreme_aspect", f"{width}x{height}")
+        size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+        output = self.image_processor(images=[image], size=size, return_tensors="np")
+        return torch.from_numpy(np.ascontiguousarray(output["pixel_values"])), torch.from_numpy(
+            output["image_grid_thw"]
+        )
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The ids of a whole response: `text`, then the end token."""
+        return self.tokenizer.encode(text, add_special_tokens=False) + self.end_token_ids[:1]
+
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """The text of response ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _template(self, question: str, num_images: int) -> list[int]:
+        """Ids of the templated prompt with one image token for each image."""
+        key = (question, num_images)
+        # student and teacher ask the same question one after the other: one rendering serves both
+        if self._last_template is None or self._last_template[0] != key:
+            for text in self._special_texts:
+                if text in question:
+                    raise UnusableSample("malformed_record", f"the question contains the special token {text}")
+            content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            ids = self.tokenizer.apply_chat_template(messages, **self._template_options)
+            assert ids.count(self.image_token_id) == num_images, "the chat template dropped or added an image"
+            self._last_template = (key, ids)
+        return self._last_template[1]
+
+
+def mrope_positions(token_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge: int) -> Tensor:
+    """[3, P] int64 positions (temporal, height, width) of the prompt `token_ids` [P], as Qwen2.5-VL counts them.
+
+    Text advances all three by one. An image of `grid_thw` row (t, h, w) that starts at p has positions p + (its
+    index along time, height, width of the merged grid); text goes on at p + max(h, w) / merge.
+    """
+    pieces, start, position = [], 0, 0
+    image_starts = _run_starts(token_ids == image_token_id, grid_thw.prod(dim=1) // merge**2)
+    for image_start, (t, h, w) in zip(image_starts, grid_thw.tolist(), strict=True):
+        text = image_start - start
+        pieces.append((position + torch.arange(text)).expand(3, text))
+        position += text
+        merged = torch.cartesian_prod(torch.arange(t), torch.arange(h // merge), torch.arange(w // merge))
+        pieces.append(position + merged.T)
+        start = image_start + merged.shape[0]
+        position += max(h, w) // merge
+    rest = token_ids.numel() - start
+    pieces.append((position + torch.arange(rest)).expand(3, rest))
+    return torch.cat(pieces, dim=1)
+
+
+def _run_starts(is_image: Tensor, counts: Tensor) -> list[int]:
+    """Index of the first token of each image, given how many tokens each has (images may touch)."""
+    where = is_image.nonzero().flatten()
+    assert where.numel() == int(counts.sum()), "image tokens do not match the image grids"
+    return where[counts.cumsum(0) - counts].tolist()
+
+
+def _is_vision_id(key: str, value: object) -> bool:
+    return isinstance(value, int) and bool(re.fullmatch(r"(image|video|vision)(_start|_end)?_token_id", key))
+
+
+def _end_token_ids(path: Path, tokenizer: Any) -> list[int]:
+    """Ids that end a response: generation_config.json, else the tokenizer's; the tokenizer's own one comes first."""
+    file = path / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    own = tokenizer.eos_token_id
+    if not ids and own is None:
+        raise OptionError("model.hf_path", path, "names no end token", "add eos_token_id to generation_config.json")
+    return ids or [own] if own not in ids else [own] + [i for i in ids if i != own]

@@ -1,0 +1,237 @@
+"""The Energon side: raw records in one global order, encoded into student and teacher prompts.
+
+The order of prompts must not depend on how the model is parallelised. Every data-parallel rank therefore opens
+the data set as if it were the only one, reads the same global batches of undecoded records, and decodes only its
+slice. Reading the others' bytes costs little next to decoding, and loader state is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.energon import (
+    Cooker,
+    SavableDataLoader,
+    TaskEncoder,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_loader,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon import Sample as EnergonSample
+from megatron.energon.errors import reraise_exception
+from PIL import Image
+
+from nemo_vopd.batch import DroppedSample, PromptBatch, Sample, View
+from nemo_vopd.config import DataConfig
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.data.views import UnusableSample, crop_box, draw_box, load_image
+from nemo_vopd.errors import OptionError
+
+
+@edataclass
+class RawRecord(EnergonSample):
+    """A record as it is stored: nothing decoded yet."""
+
+    image: bytes | None
+    crop: bytes | None
+    meta: bytes | None
+
+
+@stateless
+def _cook(parts: dict) -> RawRecord:
+    return RawRecord(
+        **basic_sample_keys(parts), image=parts.get("image"), crop=parts.get("crop"), meta=parts.get("json")
+    )
+
+
+class EncodedBatch(PromptBatch):
+    """A PromptBatch that crosses the process boundary by value.
+
+    torch would hand each tensor over in a file descriptor of shared memory: hundreds for one batch, more than the
+    usual limit of a process, in a /dev/shm that is small in containers.
+    """
+
+    def __reduce__(self):
+        """Pickle the contents with tensors as plain arrays."""
+        buffer = io.BytesIO()
+        _ByValuePickler(buffer, protocol=5).dump((self.samples, self.dropped))
+        return _load_batch, (buffer.getvalue(),)
+
+
+class _ByValuePickler(pickle.Pickler):
+    def reducer_override(self, obj: object):
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
+
+
+def _load_batch(data: bytes) -> EncodedBatch:
+    return EncodedBatch(*pickle.loads(data))
+
+
+@dataclass
+class SampleEncoder:
+    """Builds the two prompts of a record. `teacher_view`: crop | full | full_and_crop | boxed."""
+
+    data: DataConfig
+    teacher_view: str
+    processor: Processor
+
+    def __call__(self, record: RawRecord) -> Sample | DroppedSample:
+        """The Sample of `record`, or why it cannot be used."""
+        sample_id = record.__key__
+        try:
+            meta = _parse(record.meta)
+            sample_id = meta.get("id", sample_id)
+            if record.image is None:
+                raise UnusableSample("missing_image")
+            return self._encode(sample_id, meta, load_image(record.image), record.crop)
+        except UnusableSample as unusable:
+            return DroppedSample(sample_id, unusable.reason, unusable.detail)
+
+    def _encode(self, sample_id: str, meta: dict, stored: Image.Image, crop: bytes | None) -> Sample:
+        data, bbox = self.data, meta.get("bbox")
+        # the hint belongs to the prompt, never to the emptiness check
+        question = meta["question"] + data.question_hint if meta["question"].strip() else ""
+        full = draw_box(stored, _required(bbox)) if data.draw_box else stored
+        student = self._view([full], question, [data.full])
+        if self.teacher_view == "full":
+            teacher = student
+        elif self.teacher_view == "boxed":
+            teacher = self._view([draw_box(stored, _required(bbox))], question, [data.full])
+        else:
+            evidence = load_image(crop) if crop is not None else self._cut(stored, bbox)
+            if self.teacher_view == "crop":
+                teacher = self._view([evidence], question, [data.crop_pixels])
+            else:
+                teacher = self._view([full, evidence], question, [data.full, data.crop_pixels])
+        return Sample(sample_id, student, teacher, question, meta.get("answer"))
+
+    def _cut(self, image: Image.Image, bbox: object) -> Image.Image:
+        if bbox is None:
+            raise UnusableSample("missing_crop", "neither bbox nor crop image")
+        crop = self.data.crop
+        return image.crop(crop_box(bbox, image.size, scale=crop.scale, min_side=crop.min_side, square=crop.square))
+
+    def _view(self, images: list[Image.Image], question: str, pixels: list) -> View:
+        view = self.processor.view(images, question, pixels)
+        if view.num_tokens > self.data.max_prompt_length:
+            detail = f"{view.num_tokens} tokens, data.max_prompt_length={self.data.max_prompt_length}"
+            raise UnusableSample("overlong_prompt", detail)
+        return view
+
+
+def _required(bbox: object) -> object:
+    if bbox is None:
+        raise UnusableSample("missing_box", "the view shows the evidence box, and the record has none")
+    return bbox
+
+
+def _parse(data: bytes | None) -> dict:
+    try:
+        meta = json.loads(data or b"null")
+    except ValueError as error:
+        raise UnusableSample("malformed_record", f"not JSON: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("question"), str):
+        raise UnusableSample("malformed_record", "the stored json has no question")
+    return meta
+
+
+class VisionOPDTaskEncoder(TaskEncoder):
+    """Energon's hooks: keep records raw up to `batch`, then encode every dp_size-th one from dp_rank on."""
+
+    decoder = None  # images stay bytes until it is known which rank needs them
+    cookers = [Cooker(_cook)]
+
+    def __init__(self, encode: SampleEncoder, dp_rank: int = 0, dp_size: int = 1) -> None:
+        self.encode, self.dp_rank, self.dp_size = encode, dp_rank, dp_size
+
+    @stateless
+    def encode_sample(self, sample: RawRecord) -> RawRecord:
+        """Records pass through: shuffling and batching work on raw bytes."""
+        return sample
+
+    @stateless
+    def batch(self, samples: list[RawRecord]) -> EncodedBatch:
+        """This rank's share of one global batch."""
+        encoded = [self.encode(record) for record in samples[self.dp_rank :: self.dp_size]]
+        return EncodedBatch(
+            samples=[item for item in encoded if isinstance(item, Sample)],
+            dropped=[item for item in encoded if isinstance(item, DroppedSample)],
+        )
+
+
+def build_train_loader(
+    data: DataConfig, teacher_view: str, processor: Processor, *, seed: int, dp_rank: int, dp_size: int
+) -> SavableDataLoader:
+    """An endless, shuffled loader of PromptBatch: `data.batch_size / dp_size` records of each global batch.
+
+    The order follows from `seed`, `data.num_workers`, `data.shuffle_buffer_size` and `data.batch_size`, not from
+    dp_size. `save_state_rank()` and `restore_state_rank(state)` continue at the exact batch; the state is the same
+    on every rank. Raises OptionError when `data.path` is no Energon data set or the batch does not divide.
+    """
+    if data.batch_size % dp_size:
+        raise OptionError(
+            "data.batch_size",
+            data.batch_size,
+            f"must be divisible by the data-parallel size {dp_size}",
+            f"set it to a multiple of {dp_size}",
+        )
+    dataset = get_train_dataset(
+        _dataset_path(data.path),
+        worker_config=_worker_config(data.num_workers, seed),
+        batch_size=data.batch_size,
+        shuffle_buffer_size=data.shuffle_buffer_size,
+        max_samples_per_sequence=None,
+        task_encoder=VisionOPDTaskEncoder(SampleEncoder(data, teacher_view, processor), dp_rank, dp_size),
+    )
+    return get_savable_loader(dataset)
+
+
+def iterate_samples(
+    path: str | Path, data: DataConfig, teacher_view: str, processor: Processor, limit: int | None = None
+) -> Iterator[Sample | DroppedSample]:
+    """The first `limit` records (default: all) of the Energon data set `path` in stored order, for evaluation.
+
+    Views follow `data` and `teacher_view`; `data.path` is not used. Raises OptionError (data.path) at the first
+    item when `path` is no Energon data set.
+    """
+    dataset = get_val_dataset(
+        _dataset_path(path),
+        split_part="train",  # prepare.py writes one split
+        worker_config=_worker_config(num_workers=0, seed=0),
+        batch_size=1,
+        task_encoder=VisionOPDTaskEncoder(SampleEncoder(data, teacher_view, processor)),
+        limit=limit,
+    )
+    for batch in get_loader(dataset):
+        yield from [*batch.samples, *batch.dropped]
+
+
+def _worker_config(num_workers: int, seed: int) -> WorkerConfig:
+    return WorkerConfig(
+        rank=0,
+        world_size=1,
+        num_workers=num_workers,
+        seed_offset=seed,
+        # Unusable records are counted in `batch`; anything that still raises is a bug. Energon would log it and
+        # skip the batch on this rank alone, and ranks would train on different steps from then on.
+        global_error_handler=reraise_exception,
+    )
+
+
+def _dataset_path(path: str | Path) -> Path:
+    folder = Path(path)
+    if not (folder / ".nv-meta" / "dataset.yaml").is_file() or not (folder / ".nv-meta" / ".info.json").is_file():
+        remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
+        raise OptionError("data.path", path, "is not an Energon data set (no .nv-meta)", remedy)
+    return folder

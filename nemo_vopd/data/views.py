@@ -1,0 +1,137 @@
+"""Image geometry of the views: boxes, evidence-centred crops, decoding. Pure functions of their arguments.
+
+Boxes are (x1, y1, x2, y2) in pixels of the stored image, x to the right, y down, the far edge exclusive.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+DROP_REASONS = (
+    "malformed_record",
+    "duplicate_id",
+    "empty_question",
+    "missing_image",
+    "missing_crop",
+    "missing_box",
+    "path_outside_folder",
+    "unreadable_image",
+    "image_too_large",
+    "extreme_aspect",
+    "empty_box",
+    "box_outside_image",
+    "overlong_prompt",
+)
+"""Every word `UnusableSample.reason` and `DroppedSample.reason` can be."""
+
+MAX_IMAGE_PIXELS = 100_000_000
+"""Decoded images beyond this (300 MB as RGB) are dropped: one such file can kill a data worker."""
+
+Box = tuple[float, float, float, float]
+
+
+class UnusableSample(Exception):
+    """A record cannot be used. It is dropped and counted under `reason`; the run goes on."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        """`reason` is one of DROP_REASONS; `detail` says more, for a person."""
+        assert reason in DROP_REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        """Keep both parts when the exception crosses a process boundary."""
+        return UnusableSample, (self.reason, self.detail)
+
+
+def check_box(bbox: object, image_size: tuple[int, int]) -> Box:
+    """`bbox` clipped to an image of `image_size` (width, height) pixels.
+
+    Raises UnusableSample: malformed_record (not four finite numbers), empty_box (no area), box_outside_image (no
+    part of the box lies in the image).
+    """
+    if not isinstance(bbox, Sequence) or isinstance(bbox, str | bytes) or len(bbox) != 4:
+        raise UnusableSample("malformed_record", f"bbox must be [x1, y1, x2, y2], got {bbox!r}")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and _finite(v) for v in bbox):
+        raise UnusableSample("malformed_record", f"bbox must hold four finite numbers, got {bbox!r}")
+    x1, y1, x2, y2 = bbox
+    if x2 <= x1 or y2 <= y1:
+        raise UnusableSample("empty_box", f"{list(bbox)} has no area")
+    width, height = image_size
+    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+    if x2 <= x1 or y2 <= y1:
+        raise UnusableSample("box_outside_image", f"{list(bbox)} in an image of {width}x{height}")
+    return x1, y1, x2, y2
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def crop_box(
+    bbox: object, image_size: tuple[int, int], *, scale: float, min_side: int, square: bool
+) -> tuple[int, int, int, int]:
+    """The evidence-centred crop (x1, y1, x2, y2), whole pixels, inside the image and around the whole box.
+
+    `square`: the side is `scale` times the longer side of the box; else each side is `scale` times that of the
+    box. Sides are at least `min_side` and at most those of the image; a crop that would leave the image is
+    shifted inside. Raises UnusableSample as `check_box` does.
+    """
+    x1, y1, x2, y2 = check_box(bbox, image_size)
+    width, height = x2 - x1, y2 - y1
+    if square:
+        width = height = max(width, height)
+    left, right = _crop_side(x1, x2, scale * width, min_side, image_size[0])
+    top, bottom = _crop_side(y1, y2, scale * height, min_side, image_size[1])
+    return left, top, right, bottom
+
+
+def _crop_side(low: float, high: float, wanted: float, min_side: int, limit: int) -> tuple[int, int]:
+    """One axis: `wanted` pixels around [low, high), shifted into [0, limit)."""
+    first, last = math.floor(low), math.ceil(high)
+    side = min(max(round(wanted), min_side, last - first), limit)
+    # floor, not round: round-half-even would let the crop jump by a pixel with the parity of the box
+    start = math.floor((low + high - side) / 2)
+    start = min(max(start, last - side), first)
+    start = min(max(start, 0), limit - side)
+    return start, start + side
+
+
+def draw_box(image: Image.Image, bbox: object, width: int | None = None) -> Image.Image:
+    """A copy of the RGB `image` with `bbox` outlined in red, `width` pixels thick (default: by image size).
+
+    Raises UnusableSample as `check_box` does.
+    """
+    x1, y1, x2, y2 = check_box(bbox, image.size)
+    copy = image.copy()
+    outline = (math.floor(x1), math.floor(y1), math.ceil(x2) - 1, math.ceil(y2) - 1)
+    thickness = max(1, round(min(image.size) / 200)) if width is None else width
+    ImageDraw.Draw(copy).rectangle(outline, outline=(255, 0, 0), width=thickness)
+    return copy
+
+
+def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode `data` to an RGB image; EXIF rotation is not applied, as boxes refer to the stored pixels.
+
+    Raises UnusableSample: image_too_large (more than `max_pixels`, known from the header before anything is
+    decoded) or unreadable_image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnusableSample("image_too_large", f"{width}x{height} has more than {max_pixels} pixels")
+            return image.convert("RGB")
+    except UnusableSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnusableSample("image_too_large", str(error)) from None
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+        raise UnusableSample("unreadable_image", f"{type(error).__name__}: {error}") from None

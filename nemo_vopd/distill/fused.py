@@ -1,0 +1,274 @@
+"""The divergence from hidden states: vocabulary-parallel, in chunks of tokens, gradients included (ALGORITHM section 7).
+
+Equal to `divergence.generalized_jsd` of the two heads' logits, but no [T, V] tensor outlives a chunk, in forward or
+backward: each chunk's logits are projected, turned into the gradient in place, multiplied back and freed.
+
+With s = log_softmax(z) and the support I, D depends on z through s_I = z_I - logsumexp(z) only. Hence
+dD/dz = scatter(g, I) - sum(g) * softmax(z), where g = dD/ds_I is a [chunk, K] tensor that autograd gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs
+from nemo_vopd.distill.importance import importance_weights
+
+
+@dataclass
+class TokenStats:
+    """What the loss saw at each response token, all [T] and detached."""
+
+    divergence: Tensor
+    """D of each token in nats, before any weight."""
+    log_probs: Tensor
+    """Student log p of the sampled token (zeros when no tokens were given)."""
+    importance: Tensor
+    """The truncated importance weight that multiplied the token."""
+    entropy: Tensor
+    """Entropy of the student's distribution in nats."""
+    student_topk_mass: Tensor
+    """Student probability of its own top-k support."""
+    teacher_topk_mass: Tensor
+    """Teacher probability of the student's top-k support."""
+
+    def sums(self) -> Tensor:
+        """[6] float32: the sum of each field over the tokens, in the order of the fields."""
+        return torch.stack([getattr(self, field.name).float().sum() for field in fields(self)])
+
+
+def fused_linear_jsd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    *,
+    alpha: float,
+    top_k: int | None,
+    add_tail: bool,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    tp_group: dist.ProcessGroup | None = None,
+    tokens: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    max_importance_weight: float | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """Sum over tokens of token_weights * importance * D(student, teacher).
+
+    Args:
+        student_hidden: [T, H]; row t predicts response token t. Gradient flows.
+        student_weight: [V / tp, H], this rank's rows of the head. Gradient flows.
+        teacher_hidden: [T, H], the same rows under the teacher; no gradient.
+        teacher_weight: [V / tp, H]; no gradient.
+        token_weights: [T], 0 leaves a token out of value and gradient.
+        alpha: weight of the teacher, see `generalized_jsd`.
+        top_k: size of the student's support, None for the full vocabulary.
+        add_tail: append the remaining mass as one class.
+        temperature: logits are divided by it before anything else (the rollout's temperature).
+        chunk_tokens: rows whose logits exist at one time.
+        tp_group: the group the vocabulary is split over; None means one process and the whole vocabulary.
+        tokens: [T] int64, the sampled tokens, for log-probs and importance weights.
+        rollout_log_probs: [T], the engine's log p of `tokens`.
+        max_importance_weight: truncation of the importance weight; None turns it off.
+
+    Returns:
+        (loss_sum, stats): a scalar in float32 (float64 for float64 input), differentiable, and `TokenStats`.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha}: must lie in [0, 1]")
+    vocabulary = student_weight.size(0) * (tp_group.size() if tp_group is not None else 1)
+    if top_k is not None and not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocabulary}")
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    stats = TokenStats(*(token_weights.new_zeros(len(token_weights), dtype=dtype) for _ in fields(TokenStats)))
+    loss_sum = _FusedLinearJSD.apply(
+        student_hidden,
+        student_weight,
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        token_weights,
+        _Options(alpha, top_k, add_tail, temperature, chunk_tokens, max_importance_weight, _Vocabulary(tp_group)),
+        tokens,
+        rollout_log_probs,
+        stats,
+    )
+    return loss_sum, stats  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Options:
+    alpha: float
+    top_k: int | None
+    add_tail: bool
+    temperature: float
+    chunk_tokens: int
+    max_importance_weight: float | None
+    vocabulary: _Vocabulary
+
+
+class _Vocabulary:
+    """Reductions over a vocabulary split by rows among the ranks of a tensor-parallel group."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group if group is not None and group.size() > 1 else None
+        self.rank = self.group.rank() if self.group is not None else 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """[c, V / tp] to [c, 1], over the whole vocabulary."""
+        if self.group is None:
+            return torch.logsumexp(logits, dim=-1, keepdim=True)
+        maximum = logits.amax(dim=-1, keepdim=True)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
+        return self.sum((logits - maximum).exp_().sum(-1, keepdim=True)).log() + maximum
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and global indices [c, k] of the largest logits, from each rank's own largest."""
+        width = logits.size(-1)
+        values, indices = logits.topk(min(k, width), dim=-1)
+        if self.group is None:
+            return values, indices
+        indices += self.rank * width
+        all_values = [torch.empty_like(values) for _ in range(self.group.size())]
+        all_indices = [torch.empty_like(indices) for _ in range(self.group.size())]
+        dist.all_gather(all_values, values, group=self.group)
+        dist.all_gather(all_indices, indices, group=self.group)
+        best, place = torch.cat(all_values, dim=-1).topk(k, dim=-1)
+        return best, torch.cat(all_indices, dim=-1).gather(-1, place)
+
+    def local(self, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Global indices to (indices into this rank's shard, whether they lie in it)."""
+        local = indices - self.rank * width
+        mine = (local >= 0) & (local < width)
+        return local.clamp(0, width - 1), mine
+
+    def gather(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Logits [c, k] at global `indices`, wherever they live."""
+        if self.group is None:
+            return logits.gather(-1, indices)
+        local, mine = self.local(indices, logits.size(-1))
+        return self.sum(logits.gather(-1, local).masked_fill(~mine, 0.0))
+
+    def scatter_add_(self, target: Tensor, indices: Tensor, values: Tensor) -> None:
+        """Add values [c, k] at global `indices` to the shard `target` [c, V / tp], in place."""
+        local, mine = self.local(indices, target.size(-1))
+        target.scatter_add_(-1, local, values.masked_fill(~mine, 0.0))
+
+
+class _FusedLinearJSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, token_weights, options, tokens, rollout, stats):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=dtype, device=hidden.device)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
+        for start in range(0, hidden.size(0), options.chunk_tokens):
+            rows = slice(start, start + options.chunk_tokens)
+            logits = (hidden[rows] @ weight.t()).to(dtype).div_(options.temperature)
+            teacher_logits = (teacher_hidden[rows] @ teacher_weight.t()).to(dtype).div_(options.temperature)
+            chunk_stats = TokenStats(*(getattr(stats, field.name)[rows] for field in fields(stats)))
+            loss, gradient = _chunk(
+                logits,
+                teacher_logits,
+                token_weights[rows].to(dtype),
+                options,
+                tokens[rows] if tokens is not None else None,
+                rollout[rows] if rollout is not None else None,
+                chunk_stats,
+                want_hidden or want_weight,
+            )
+            loss_sum += loss
+            if gradient is None:
+                continue
+            gradient = gradient.div_(options.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                # each rank knows its rows of the head only: the gradient of the hidden state is a sum over ranks
+                grad_hidden[rows] = options.vocabulary.sum((gradient @ weight).to(dtype)).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += gradient.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return (grad_hidden, grad_weight) + (None,) * 7
+
+
+def _chunk(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    token_weights: Tensor,
+    options: _Options,
+    tokens: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    stats: TokenStats,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss sum of one chunk of logits [c, V / tp] and its gradient with respect to them; fills `stats` in place."""
+    vocabulary = options.vocabulary
+    log_z = vocabulary.log_sum_exp(logits)
+    teacher_log_z = vocabulary.log_sum_exp(teacher_logits)
+    if tokens is not None:
+        log_probs = vocabulary.gather(logits, tokens[:, None]) - log_z
+        stats.log_probs.copy_(log_probs.squeeze(-1))
+    limit = options.max_importance_weight if rollout_log_probs is not None else None
+    stats.importance.copy_(importance_weights(stats.log_probs, rollout_log_probs, max_weight=limit))  # type: ignore[arg-type]
+
+    if options.top_k is None:
+        support, student, teacher = None, logits - log_z, teacher_logits - teacher_log_z
+        stats.student_topk_mass.fill_(1.0)
+        stats.teacher_topk_mass.fill_(1.0)
+    else:
+        values, support = vocabulary.top_k(logits, options.top_k)
+        student = values - log_z
+        teacher = vocabulary.gather(teacher_logits, support) - teacher_log_z
+        stats.student_topk_mass.copy_(student.exp().sum(-1))
+        stats.teacher_topk_mass.copy_(teacher.exp().sum(-1))
+    del teacher_logits
+
+    with torch.enable_grad():
+        student.requires_grad_()
+        if support is None:
+            per_token = jsd_of_log_probs(student, teacher, options.alpha)
+        else:
+            closed = close_support(student, options.add_tail), close_support(teacher, options.add_tail)
+            per_token = jsd_of_log_probs(*closed, options.alpha)
+        weights = token_weights * stats.importance
+        # where, not a product alone: a token that is masked out must not pass on a non-finite value
+        weighted = torch.where(weights != 0, per_token * weights, torch.zeros_like(per_token))
+        (slope,) = torch.autograd.grad(weighted.sum(), student) if want_gradient else (None,)
+    divergence = per_token.detach()
+    loss = weighted.detach().sum()
+    if support is None:  # every rank holds the classes of its own rows
+        divergence, loss = vocabulary.sum(divergence.clone()), vocabulary.sum(loss.clone())
+    stats.divergence.copy_(divergence)
+
+    softmax = (logits - log_z).exp_()
+    stats.entropy.copy_((log_z - vocabulary.sum((softmax * logits).sum(-1, keepdim=True))).squeeze(-1))
+    if slope is None:
+        return loss, None
+    total = slope.sum(-1, keepdim=True)
+    if support is None:
+        gradient = slope - vocabulary.sum(total) * softmax
+    else:
+        gradient = softmax.mul_(-total)
+        vocabulary.scatter_add_(gradient, support, slope)
+    gradient[weights == 0] = 0
+    return loss, gradient

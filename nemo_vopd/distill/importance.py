@@ -1,0 +1,23 @@
+"""Truncated importance weights between the rollout engine and the trainer (ALGORITHM section 3, step 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def importance_weights(log_probs: Tensor, rollout_log_probs: Tensor, *, max_weight: float | None) -> Tensor:
+    """w = min(p_student / p_rollout, max_weight) of each sampled token, detached.
+
+    Args:
+        log_probs: [T], the trainer's log p of the sampled tokens.
+        rollout_log_probs: [T], the engine's log p of the same tokens.
+        max_weight: upper bound; None gives ones (the published run).
+
+    Returns:
+        [T] in the dtype of `log_probs`.
+    """
+    if max_weight is None:
+        return torch.ones_like(log_probs)
+    log_ratio = (log_probs - rollout_log_probs).detach().clamp(-20.0, 20.0)
+    return log_ratio.exp().clamp(max=max_weight)

@@ -1,0 +1,16 @@
+"""The one exception a user's mistake raises: option, value, rule, remedy, on one line."""
+
+from __future__ import annotations
+
+
+class OptionError(ValueError):
+    """A wrong value given by the user; recipes print it as one line and exit with code 2."""
+
+    def __init__(self, option: str, value: object, rule: str, remedy: str) -> None:
+        """Name the `option` as it is typed, the offending `value`, the `rule` it breaks and the `remedy`."""
+        super().__init__(f"{option}={value}: {rule}; {remedy}")
+        self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
+
+    def __reduce__(self):
+        """Keep the four parts when the error crosses a process boundary (data workers)."""
+        return OptionError, (self.option, self.value, self.rule, self.remedy)

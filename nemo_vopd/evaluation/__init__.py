@@ -1,0 +1,1 @@
+"""Scoring, the regional-to-global gap, and the report page."""

@@ -1,0 +1,1 @@
+"""The one door to Megatron-Core outside `nemo_vopd.vlm`."""

@@ -1,0 +1,190 @@
+"""Layer specs: Transformer Engine where it is installed, Megatron's local layers with our norm and attention elsewhere.
+
+Attention is ours in both: training hands over to Transformer Engine or PyTorch's scaled dot product; decoding uses
+`KVCache`, which Megatron passes through untouched in the `attention_mask` slot. Its own static cache stores keys
+before the rotary embedding and rotates all of them again at every step, and cannot share a prompt among responses.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from nemo_vopd.errors import OptionError
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, float32 inside; allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        """`hidden_size` weights of ones; extra arguments of Megatron's norm builders are ignored."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        # tells finalize_model_grads to sum this gradient over the tensor-parallel group
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., hidden_size]; the dtype is kept."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of b prompts, each shared by n responses that are decoded together.
+
+    Prompts are padded on the right; `prompt_lengths` [b] masks the padding. Response token k of all b * n responses
+    is stored at step k. One object serves all layers of a pipeline stage.
+    """
+
+    def __init__(self, prompt_lengths: Tensor, n: int, max_response_length: int) -> None:
+        """`prompt_lengths` [b] int64; `n` responses for each prompt, at most `max_response_length` tokens."""
+        self.prompt_lengths, self.n, self.max_response_length = prompt_lengths, n, max_response_length
+        self.step = -1  # -1: prompt pass; k >= 0: response token k is being fed
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self.response: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store key and value [s, b', g, d] of this step and attend with query [s, b', h, d]; returns [s, b', h * d]."""
+        if self.step < 0:
+            # [b, g, p, d]: the layout every later step reads
+            self.prompt[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
+            return _causal_attention(query, key, value, scale)
+        _, rows, h, d = query.shape
+        prompt_k, prompt_v = self.prompt[layer]
+        b, g, p, _ = prompt_k.shape
+        n, q_per_group = self.n, h // g
+        if layer not in self.response:
+            shape = (rows, g, self.max_response_length, d)
+            self.response[layer] = (key.new_empty(shape), value.new_empty(shape))
+        response_k, response_v = self.response[layer]
+        response_k[:, :, self.step] = key[0]
+        response_v[:, :, self.step] = value[0]
+        # Queries of the n responses and of the heads of one group share the prompt's keys: one matrix product, no copy.
+        q = query[0].reshape(b, n, g, q_per_group, d) * scale
+        q_prompt = q.transpose(1, 2).reshape(b, g, n * q_per_group, d)
+        scores_prompt = (q_prompt @ prompt_k.transpose(2, 3)).view(b, g, n, q_per_group, p)
+        hole = torch.arange(p, device=query.device)[None] >= self.prompt_lengths[:, None]
+        scores_prompt = scores_prompt.masked_fill(hole[:, None, None, None, :], float("-inf"))
+        q_response = q.reshape(rows, g, q_per_group, d)
+        scores_response = q_response @ response_k[:, :, : self.step + 1].transpose(2, 3)
+        scores_response = scores_response.view(b, n, g, q_per_group, self.step + 1).transpose(1, 2)
+        weights = torch.softmax(torch.cat([scores_prompt, scores_response], dim=-1).float(), dim=-1).to(value.dtype)
+        from_prompt = weights[..., :p].reshape(b, g, n * q_per_group, p) @ prompt_v
+        from_response = weights[..., p:].transpose(1, 2).reshape(rows, g, q_per_group, -1)
+        from_response = from_response @ response_v[:, :, : self.step + 1]
+        out = from_prompt.view(b, g, n, q_per_group, d).transpose(1, 2).reshape(rows, g, q_per_group, d) + from_response
+        return out.reshape(1, rows, h * d)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of query [s, b, h, d] over key, value [s, b, g, d] (grouped heads); returns [s, b, h * d]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention over right-padded sequences, or over a `KVCache` given as the attention mask."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """Arguments as Megatron's `DotProductAttention`."""
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
+        self.training_attention = None
+        if HAVE_TE and torch.cuda.is_available():
+            from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+            self.training_attention = TEDotProductAttention(
+                config, layer_number, attn_mask_type, attention_type, None, softmax_scale, cp_comm_type=cp_comm_type
+            )
+
+    def forward(self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, **kwargs):
+        """Attend: query [s, b, h, d], key and value [s, b, g, d]; returns [s, b, h * d]."""
+        if isinstance(attention_mask, KVCache):
+            return attention_mask.attend(self.layer_number, query, key, value, self.scale)
+        if self.training_attention is not None:
+            return self.training_attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, **kwargs)
+        return _causal_attention(query, key, value, self.scale)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Attention has no state to save."""
+        return {}
+
+
+def uses_transformer_engine(choice: str) -> bool:
+    """Whether `model.layer_spec` = auto, local or transformer_engine means Transformer Engine on this machine."""
+    if choice == "transformer_engine" and not HAVE_TE:
+        raise OptionError(
+            "model.layer_spec",
+            choice,
+            "Transformer Engine is not installed here",
+            "run in an NGC image, pip install nemo_vopd[gpu], or set model.layer_spec=local",
+        )
+    return choice == "transformer_engine" or (choice == "auto" and HAVE_TE and torch.cuda.is_available())
+
+
+def block_spec(config: TransformerConfig, choice: str, *, pp_rank: int) -> TransformerBlockSubmodules:
+    """The language layers of pipeline stage `pp_rank` and the final norm, for `model.layer_spec` = `choice`."""
+    layer = _layer_spec(choice, qk_layernorm=config.qk_layernorm)
+    norm = TENorm if uses_transformer_engine(choice) else RMSNorm
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)  # type: ignore[arg-type]
+
+
+def _layer_spec(choice: str, *, qk_layernorm: bool) -> ModuleSpec:
+    if uses_transformer_engine(choice):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        return spec
+    qk_norm = RMSNorm if qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,  # type: ignore[arg-type]
+                    linear_proj=RowParallelLinear,  # type: ignore[arg-type]
+                    q_layernorm=qk_norm,  # type: ignore[arg-type]
+                    k_layernorm=qk_norm,  # type: ignore[arg-type]
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+        ),
+    )

@@ -1,0 +1,93 @@
+"""Process groups: the only module that touches Megatron's `parallel_state`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from nemo_vopd.config import ParallelConfig
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import cpu
+
+
+def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 600) -> ProcessGroupCollection:
+    """Start torch.distributed if needed (torchrun, Slurm or a single process) and build Megatron's groups.
+
+    Returns the process groups every other part takes as an argument. Calling it again with the same sizes returns
+    them again. Raises OptionError when the sizes do not divide the world.
+    """
+    cpu.activate()
+    if not dist.is_initialized():
+        rank, world, local = _environment()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        store = None
+        if world == 1:  # no rendezvous, no port: any number of single-process runs can share a machine
+            store = dist.HashStore()
+        dist.init_process_group(
+            cpu.backend(),
+            rank=rank,
+            world_size=world,
+            store=store,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    check_world(parallel, dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+        )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise OptionError unless tensor * pipeline divides the number of processes."""
+    size = parallel.tensor * parallel.pipeline
+    if world_size % size:
+        raise OptionError(
+            "parallel.tensor*parallel.pipeline",
+            size,
+            f"must divide the number of processes, {world_size}",
+            f"start a multiple of {size} processes or choose a smaller parallel.tensor or parallel.pipeline",
+        )
+
+
+def destroy() -> None:
+    """Forget all groups (tests build several layouts in one process)."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's or Slurm's variables, or a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and "MASTER_PORT" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def is_first_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank holds the embedding and the vision tower."""
+    return groups.pp.rank() == 0
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank holds the final norm and the head."""
+    return groups.pp.rank() == groups.pp.size() - 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes logs and files of the whole run."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,1 @@
+"""Where responses come from: the training model itself, or a file."""

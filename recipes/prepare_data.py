@@ -1,0 +1,57 @@
+"""Turn a JSONL file with images into an Energon data set.
+
+python recipes/prepare_data.py source=data.jsonl output=datasets/mine
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_vopd.cli import hydra_main, run_recipe
+from nemo_vopd.data.prepare import prepare
+from nemo_vopd.data.views import MAX_IMAGE_PIXELS
+from nemo_vopd.errors import OptionError
+
+
+@dataclass
+class PrepareConfig:
+    """Options of this recipe."""
+
+    source: str = "???"
+    """JSONL file; image paths in it are relative to its folder."""
+    output: str = "???"
+    """New directory of the Energon data set."""
+    shard_size: int = 1000
+    """Records in one tar file."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Larger images are dropped."""
+    workers: int = 4
+    """Threads that read and check images."""
+    overwrite: bool = False
+    """Replace `output` when it is a prepared data set."""
+
+
+ConfigStore.instance().store(name="prepare_data_schema", node=PrepareConfig)
+
+
+def main(cfg: DictConfig) -> None:
+    """Prepare `cfg.source` as `cfg.output`."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
+    prepare(
+        Path(cfg.source),
+        Path(cfg.output),
+        shard_size=cfg.shard_size,
+        max_image_pixels=cfg.max_image_pixels,
+        workers=cfg.workers,
+        overwrite=cfg.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main, "prepare_data", hydra_main)

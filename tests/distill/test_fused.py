@@ -1,0 +1,93 @@
+"""The fused loss against the clear one: values, gradients, statistics (one process; layouts in test_fused_parallel)."""
+
+import itertools
+
+import pytest
+import torch
+
+from nemo_vopd.distill.divergence import generalized_jsd
+from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.importance import importance_weights
+
+OPTIONS = [
+    {"alpha": alpha, "top_k": top_k, "add_tail": add_tail}
+    for alpha, (top_k, add_tail) in itertools.product(
+        [0.0, 0.5, 0.7, 1.0], [(None, True), (10, True), (10, False), (50, True), (1, True)]
+    )
+]
+
+
+def problem(dtype, num_tokens=13, hidden=16, vocabulary=50, seed=0):
+    torch.manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
+    student, weight = make(num_tokens, hidden).requires_grad_(), (make(vocabulary, hidden) / 2).requires_grad_()
+    tokens = torch.randint(0, vocabulary, (num_tokens,))
+    token_weights = torch.rand(num_tokens, dtype=dtype)
+    token_weights[::4] = 0
+    rollout = -torch.rand(num_tokens, dtype=dtype) * 5
+    return student, weight, make(num_tokens, hidden), make(vocabulary, hidden) / 2, token_weights, tokens, rollout
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [5, 100])
+def test_equals_the_clear_loss(options, dtype, tolerance, chunk_tokens):
+    student, weight, teacher, teacher_weight, token_weights, tokens, rollout = problem(dtype)
+    temperature = 1.3
+    loss, stats = fused_linear_jsd(
+        student,
+        weight,
+        teacher,
+        teacher_weight,
+        token_weights,
+        **options,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        tokens=tokens,
+        rollout_log_probs=rollout,
+        max_importance_weight=2.0,
+    )
+    (loss * 3).backward()
+    gradients = student.grad.clone(), weight.grad.clone()
+    student.grad = weight.grad = None
+
+    logits = student @ weight.t() / temperature
+    log_probs = torch.log_softmax(logits, -1)
+    sampled = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+    per_token = generalized_jsd(logits, teacher @ teacher_weight.t() / temperature, **options)
+    importance = importance_weights(sampled, rollout, max_weight=2.0)
+    expected = (per_token * importance * token_weights).sum()
+    (expected * 3).backward()
+
+    scale = max(1.0, expected.abs().item())
+    assert abs(loss.item() - expected.item()) < tolerance * scale
+    for ours, dense in zip(gradients, (student.grad, weight.grad), strict=True):
+        torch.testing.assert_close(ours, dense, atol=tolerance * max(1.0, dense.abs().max().item()), rtol=0)
+    torch.testing.assert_close(stats.log_probs, sampled.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.divergence, per_token.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stats.importance, importance, atol=1e-5, rtol=1e-5)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
+    torch.testing.assert_close(stats.entropy, entropy, atol=1e-5, rtol=1e-4)
+
+
+def test_no_tokens_and_masked_tokens():
+    student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
+    options = {"alpha": 0.5, "top_k": 10, "add_tail": True}
+    loss, stats = fused_linear_jsd(student[:0], weight, teacher[:0], teacher_weight, token_weights[:0], **options)
+    loss.backward()
+    assert loss == 0 and stats.divergence.numel() == 0 and not weight.grad.any()
+    bad = teacher.clone()
+    bad[0] = float("nan")
+    weights = torch.ones_like(token_weights)
+    weights[0] = 0
+    loss, _ = fused_linear_jsd(student, weight, bad, teacher_weight, weights, **options)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and not student.grad[0].any()
+
+
+def test_refuses_a_support_larger_than_the_vocabulary():
+    student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
+    with pytest.raises(ValueError, match="top_k=51"):
+        fused_linear_jsd(
+            student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True
+        )
