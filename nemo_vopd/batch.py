@@ -76,6 +76,18 @@ class Rollout:
     """0 .. n-1, the number of this response among those of the sample."""
 
 
+def blank_rollout(pad_token_id: int) -> Rollout:
+    """A prompt of one padding token with an empty response: no row enters the loss."""
+    view = View(
+        token_ids=torch.tensor([pad_token_id]),
+        position_ids=torch.zeros((3, 1), dtype=torch.int64),
+        pixel_values=torch.empty((0, 1)),
+        grid_thw=torch.empty((0, 3), dtype=torch.int64),
+    )
+    empty = torch.empty(0)
+    return Rollout(Sample("", view, view, ""), empty.long(), empty)
+
+
 @dataclass
 class MicroBatch:
     """b padded sequences of one view, with the rows that predict response tokens (see the shape law)."""

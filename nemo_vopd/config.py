@@ -189,6 +189,10 @@ class Config:
             "create_tensorboard_logger": True,
             "create_wandb_logger": False,
             "create_checkpoint_callback": False,
+            "create_preemption_callback": False,
+            "log_step_timing": False,
+            "log_tflops_per_sec_per_gpu": False,
+            "seconds_to_sleep": 0,
         }
     )
     """NeMo's exp_manager options, plus `exp_dir`: the folder everything of this run is written to."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -224,5 +223,3 @@ def _write_index(folder: Path, workers: int) -> None:
             folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(workers, len(shards))
         )
     (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET_YAML)
-    for leftover in folder.glob(".nv-meta/*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -23,6 +23,7 @@ from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
+_MAX_CACHED_TEMPLATES = 1024
 _MAX_ASPECT = 200
 """Qwen's smart resize refuses images more elongated than this."""
 
@@ -36,12 +37,11 @@ class Processor:
         self.end_token_ids: list[int] = end_token_ids
         """Ids that end a response; the first is the one written after an answer."""
         self.image_token_id: int = config["image_token_id"]
-        self._special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        self._special_texts = [tokenizer.added_tokens_decoder[i].content for i in tokenizer.added_tokens_decoder]
+        self._special_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._template_options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
         if "enable_thinking" in str(tokenizer.chat_template):
             self._template_options["enable_thinking"] = False
-        self._last_template: tuple[tuple[str, int], list[int]] | None = None
+        self._templates: dict[tuple[str, int], list[int]] = {}
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path) -> Processor:
@@ -133,8 +133,7 @@ class Processor:
     def _template(self, question: str, num_images: int) -> list[int]:
         """Ids of the templated prompt with one image token for each image."""
         key = (question, num_images)
-        # student and teacher ask the same question one after the other: one rendering serves both
-        if self._last_template is None or self._last_template[0] != key:
+        if key not in self._templates:
             for text in self._special_texts:
                 if text in question:
                     raise UnusableSample("malformed_record", f"the question contains the special token {text}")
@@ -142,8 +141,11 @@ class Processor:
             messages = [{"role": "user", "content": content}]
             ids = self.tokenizer.apply_chat_template(messages, **self._template_options)
             assert ids.count(self.image_token_id) == num_images, "the chat template dropped or added an image"
-            self._last_template = (key, ids)
-        return self._last_template[1]
+            # rendering costs more than a small image: student and teacher share it, and so do repeated questions
+            if len(self._templates) >= _MAX_CACHED_TEMPLATES:
+                self._templates.clear()
+            self._templates[key] = ids
+        return self._templates[key]
 
 
 def mrope_positions(token_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge: int) -> Tensor:

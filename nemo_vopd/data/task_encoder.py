@@ -12,6 +12,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from megatron.energon import (
     WorkerConfig,
     basic_sample_keys,
     edataclass,
-    get_loader,
     get_savable_loader,
     get_train_dataset,
     get_val_dataset,
@@ -211,9 +211,9 @@ def iterate_samples(
         worker_config=_worker_config(num_workers=0, seed=0),
         batch_size=1,
         task_encoder=VisionOPDTaskEncoder(SampleEncoder(data, teacher_view, processor)),
-        limit=limit,
     )
-    for batch in get_loader(dataset):
+    # no forced garbage collection: Energon's every ten batches is every ten records here, and takes longer than they do
+    for batch in islice(get_savable_loader(dataset, gc_collect_every_n_steps=0), limit):
         yield from [*batch.samples, *batch.dropped]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -88,6 +88,10 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
             _tokenizer().save_pretrained(temporary)
             # bilinear: as the 42 to 56 pixel enlargement of the quickstart's crops was tuned
             Qwen2VLImageProcessorPil(resample=2).save_pretrained(temporary)
+            for file in temporary.iterdir():
+                file.chmod(
+                    (temporary / "config.json").stat().st_mode
+                )  # safetensors writes files only its owner can read
     except FileExistsError:
         pass  # a concurrent caller was faster; what it wrote is the same
 
@@ -147,9 +151,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the synthetic task; anything else is <unk>."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, _UNKNOWN, *_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # splits punctuation off, drops newlines
-    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=_UNKNOWN,

@@ -85,21 +85,22 @@ def crop_box(
     shifted inside. Raises UnusableSample as `check_box` does.
     """
     x1, y1, x2, y2 = check_box(bbox, image_size)
-    width, height = x2 - x1, y2 - y1
+    # at least the whole pixels the box touches: with fractional boxes that can be one more than its side
+    width = max(round(scale * (x2 - x1)), math.ceil(x2) - math.floor(x1), min_side)
+    height = max(round(scale * (y2 - y1)), math.ceil(y2) - math.floor(y1), min_side)
     if square:
         width = height = max(width, height)
-    left, right = _crop_side(x1, x2, scale * width, min_side, image_size[0])
-    top, bottom = _crop_side(y1, y2, scale * height, min_side, image_size[1])
+    left, right = _place(x1, x2, width, image_size[0])
+    top, bottom = _place(y1, y2, height, image_size[1])
     return left, top, right, bottom
 
 
-def _crop_side(low: float, high: float, wanted: float, min_side: int, limit: int) -> tuple[int, int]:
-    """One axis: `wanted` pixels around [low, high), shifted into [0, limit)."""
-    first, last = math.floor(low), math.ceil(high)
-    side = min(max(round(wanted), min_side, last - first), limit)
+def _place(low: float, high: float, side: int, limit: int) -> tuple[int, int]:
+    """One axis: `side` pixels centred on [low, high), holding it, shifted into [0, limit)."""
+    side = min(side, limit)
     # floor, not round: round-half-even would let the crop jump by a pixel with the parity of the box
     start = math.floor((low + high - side) / 2)
-    start = min(max(start, last - side), first)
+    start = min(max(start, math.ceil(high) - side), math.floor(low))
     start = min(max(start, 0), limit - side)
     return start, start + side
 

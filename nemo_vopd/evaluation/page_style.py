@@ -90,7 +90,7 @@ th { font-weight: 400; color: var(--muted); } td { overflow-wrap: anywhere; }
   opacity: var(--d); }
 .tokens [aria-selected="true"] { border-color: var(--ink); box-shadow: 0 0 0 1px var(--ink); }
 :focus-visible { outline: 3px solid var(--full); outline-offset: 2px; }
-.scale { max-width: 330px; margin: 14px 0 0; font-size: 13px; color: var(--muted); }
+.scale { max-width: 380px; margin: 14px 0 0; font-size: 13px; color: var(--muted); }
 .scale div { height: 12px; border-radius: 3px; border: 1px solid var(--line);
   background: linear-gradient(90deg, transparent, var(--heat)); }
 .scale ol { display: flex; justify-content: space-between; list-style: none; margin: 2px 0 0; padding: 0; }
@@ -98,7 +98,7 @@ th { font-weight: 400; color: var(--muted); } td { overflow-wrap: anywhere; }
 code { font: 0.93em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; }
 .facts-line { display: flex; flex-wrap: wrap; gap: 2px 22px; font-size: 14px; margin-bottom: 10px; }
-.pair { display: grid; grid-template-columns: minmax(70px, 130px) minmax(0, 1fr); gap: 4px 12px; align-items: center;
+.pair { display: grid; grid-template-columns: minmax(64px, 1fr) minmax(0, 5fr); gap: 4px 12px; align-items: center;
   font-size: 13px; margin-bottom: 7px; }
 .pair em { font-style: normal; color: var(--muted); }
 .bar { display: flex; align-items: center; gap: 7px; height: 15px; line-height: 1; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
@@ -15,10 +14,7 @@ NAN = float("nan")
 MAX_BINS = 240
 """Points a curve keeps at most: more would not show in a panel of 360 px."""
 
-PAGE_COLOURS = {"ink": "var(--ink)", "muted": "var(--muted)", "line": "var(--line)"} | {
-    "full": "var(--full)",
-    "crop": "var(--crop)",
-}
+PAGE_COLOURS = {name: f"var(--{name})" for name in ("ink", "muted", "line", "full", "crop")}
 PRINT_COLOURS = {"ink": "#1c2128", "muted": "#565f6b", "line": "#d9d7d2", "full": "#0b67a8", "crop": "#c65d00"}
 
 
@@ -42,6 +38,7 @@ def format_number(value: float, decimals: int | None = None) -> str:
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     else:
         text = f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
+        text = text.rstrip("0") if size < 0.01 else text
     return text.replace("-", "\u2212")
 
 
@@ -61,9 +58,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), NAN)
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high], about `count` of them."""
-    raw = (high - low) / count
+    raw = max((high - low) / count, 1.0 if whole else 0.0)
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * scale for factor in (1, 2, 2.5, 5, 10) if factor * scale >= raw * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -102,11 +99,12 @@ class Frame:
         y_range: tuple[float, float],
         log: bool = False,
         percent: bool = False,
+        whole: bool = False,
     ) -> None:
-        """Leave room on the left for the widest tick label of `y_range`."""
+        """Leave room on the left for the widest tick label of `y_range`; `whole` allows no ticks between counts."""
         self.width, self.height = size
         self.x_range, self.y_range, self.log = x_range, y_range, log
-        self.y_ticks = log_ticks(*y_range) if log else ticks(*y_range)
+        self.y_ticks = log_ticks(*y_range) if log else ticks(*y_range, count=round(self.height / 48), whole=whole)
         each_its_own = [_tick_labels([value])[0] for value in self.y_ticks]
         self.y_labels = each_its_own if log else _tick_labels(self.y_ticks, percent)
         self.left = 12 + 6.4 * max((len(label) for label in self.y_labels), default=0)
@@ -135,12 +133,10 @@ class Frame:
             )
         parts.append(f'<path class="axis" d="M{self.left:.1f} {self.bottom}H{self.right}"/>')
         # A tick between two steps means nothing.
-        x_ticks = [value for value in ticks(*self.x_range, count=5) if value == int(value)]
+        x_ticks = ticks(*self.x_range, count=5, whole=True)
         for value, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
-            anchor = "end" if self.x(value) > self.right - 8 else "middle"
-            parts.append(
-                f'<text class="tick" x="{self.x(value):.1f}" y="{self.bottom + 15}" text-anchor="{anchor}">{label}</text>'
-            )
+            x, anchor = self.x(value), "end" if self.x(value) > self.right - 8 else "middle"
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{self.bottom + 15}" text-anchor="{anchor}">{label}</text>')
         middle = (self.left + self.right) / 2
         parts.append(
             f'<text class="axis-label" x="{middle:.1f}" y="{self.height - 5}" text-anchor="middle">'
@@ -148,7 +144,7 @@ class Frame:
         )
         return parts
 
-    def path(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+    def path(self, xs: np.ndarray, ys: np.ndarray) -> str:
         """The `d` of a line through the points, lifted over every NaN."""
         parts, down = [], False
         for x, y in zip(xs, ys, strict=True):
@@ -204,7 +200,7 @@ def _padded_range(values: np.ndarray, log: bool, percent: bool) -> tuple[float, 
     low, high = float(values.min()), float(values.max())
     if log:
         return low / 1.15, high * 1.15
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     # A quantity that comes near zero is read against zero.
     low = 0.0 if 0 <= low <= 0.5 * high else low - pad
     high += pad
@@ -220,12 +216,14 @@ def line_chart(
     size: tuple[int, int] = (360, 200),
     allow_log: bool = False,
     percent: bool = False,
+    exact: bool = False,
     shade_between: bool = False,
 ) -> str:
     """Curves over steps: each raw value faint, the moving mean on top; an empty text if nothing is finite.
 
-    `allow_log` takes a logarithmic axis if the values span more than a factor of 50. `shade_between` fills the area
-    between the first two series and marks each point instead of smoothing: for a few evaluations.
+    `allow_log` takes a logarithmic axis if the values span more than a factor of 50. `exact` draws the values as
+    they are: for what is scheduled, not measured. `shade_between` does so too, marks each point, and fills the area
+    between the first two series: for a few evaluations.
     """
     points = [(np.array(s.x, dtype=float), np.array(s.y, dtype=float)) for s in series]
     finite = [y[np.isfinite(y)] for _, y in points]
@@ -238,7 +236,7 @@ def line_chart(
     if x_range[0] == x_range[1]:
         x_range = (x_range[0] - 1, x_range[1] + 1)
     y_range = _padded_range(values, log, percent)
-    frame = Frame(size, x_range, y_range, log, percent)
+    frame = Frame(size, x_range, y_range, log, percent, whole=bool((values == values.round()).all()))
     parts = frame.axes(x_label, y_label + (", log scale" if log else ""))
     if shade_between and len(points) > 1:
         (x, low), (_, high) = points[:2]
@@ -252,7 +250,7 @@ def line_chart(
     as_text = format_percent if percent else format_number
     for one, (x, y) in zip(series, points, strict=True):
         trend, centres = y, list(range(len(y)))
-        if not shade_between and len(y) > 40:
+        if not (exact or shade_between) and len(y) > 40:
             kept = _envelope(y, MAX_BINS // 2)
             parts.append(f'<path class="raw" d="{frame.path(x[kept], y[kept])}" style="stroke:{one.colour}"/>')
             trend = smooth(y, max(5, len(y) // 30))
@@ -301,8 +299,8 @@ def stacked_chart(
 
 
 def gap_bars(accuracies: dict[str, tuple[float, float]], colours: dict[str, str], top: int = 24) -> str:
-    """The inside of a 480-wide SVG: bars of (full, crop) accuracy for each moment, with the gap in brackets."""
-    left, right, height, bottom = 44, 470, 330, 274
+    """The inside of a 480 x 330 SVG: bars of (full, crop) accuracy for each moment, with the gap in brackets."""
+    left, right, bottom = 44, 470, 274
     ink, muted, line = colours["ink"], colours["muted"], colours["line"]
 
     def y(value: float) -> float:
@@ -333,9 +331,8 @@ def gap_bars(accuracies: dict[str, tuple[float, float]], colours: dict[str, str]
             low, high, at = y(full), y(crop), x + 128
             # The full-view level, carried across the crop bar to the bracket.
             parts.append(f'<path d="M{x + 54:.1f} {low:.1f}H{at}" stroke="{ink}" stroke-dasharray="3 3" fill="none"/>')
-            parts.append(
-                f'<path d="M{at - 7} {high:.1f}H{at}V{low:.1f}H{at - 7}" stroke="{ink}" stroke-width="1.5" fill="none"/>'
-            )
+            bracket = f"M{at - 7} {high:.1f}H{at}V{low:.1f}H{at - 7}"
+            parts.append(f'<path d="{bracket}" stroke="{ink}" stroke-width="1.5" fill="none"/>')
             # Baselines 16 apart around the bracket's middle, kept between the top of the chart and the axis.
             centre = min(max((low + high) / 2, top + 14), bottom - 34)
             parts.append(text(at + 7, centre - 3, "gap", muted, 'font-size="12"'))

@@ -239,7 +239,7 @@ class Qwen2_5_VL(MegatronModule):
 
     def _embed(self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None) -> Tensor:
         embeddings = self.language.embedding(input_ids=token_ids, position_ids=None)  # [s, b, H]
-        if pixel_values is not None:
+        if pixel_values is not None and pixel_values.size(0):
             assert self.vision is not None and grid_thw is not None
             features = self.vision(pixel_values.to(embeddings.dtype), grid_thw)
             by_sequence = embeddings.transpose(0, 1)  # images follow the order of sequences, so [b, s, H]

@@ -1,0 +1,118 @@
+"""Megatron's DDP and distributed optimizer, the learning rate as a function of the step, and the facade for Lightning."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from nemo_vopd.config import OptimizerConfig
+
+
+def wrap_ddp(model: torch.nn.Module, groups: ProcessGroupCollection) -> DistributedDataParallel:
+    """Megatron's data parallelism around one pipeline stage: float32 gradients, optimizer state sharded over ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+    )
+    ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups)  # type: ignore[arg-type]
+    ddp.config.finalize_model_grads_func = finalize_model_grads
+    ddp.config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+class Optimizer:
+    """AdamW on float32 main weights, sharded over data-parallel ranks (Megatron's DistributedOptimizer)."""
+
+    def __init__(
+        self, ddp: DistributedDataParallel, options: OptimizerConfig, groups: ProcessGroupCollection, *, bf16: bool
+    ) -> None:
+        """Take over the parameters of `ddp`. Weight decay applies to all of them, as in the published run."""
+        self.ddp, self.options = ddp, options
+        config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        )
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            config, [ddp], use_gloo_process_groups=False, pg_collection=groups
+        )
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers before a step."""
+        self.ddp.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, lr: float) -> tuple[bool, float]:
+        """Clip and update with learning rate `lr`; returns (updated, global gradient norm before clipping).
+
+        A non-finite norm, which every rank sees alike, leaves weights and optimizer state untouched.
+        """
+        for group in self.megatron.param_groups:
+            group["lr"] = lr
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return False, grad_norm
+        if self.options.clip_grad > 0:
+            for part in self._parts():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.options.clip_grad, grad_norm)
+        self.megatron.step_with_ready_grads()
+        return True, grad_norm
+
+    def _parts(self) -> list[DistributedOptimizer]:
+        return self.megatron.chained_optimizers  # type: ignore[attr-defined]
+
+    def main_shards(self) -> dict[torch.nn.Parameter, tuple[Tensor, int]]:
+        """This rank's part of the float32 main weights: parameter -> (flat shard, its start within the parameter).
+
+        Parameters whose elements all live on other data-parallel ranks are absent.
+        """
+        shards: dict[torch.nn.Parameter, tuple[Tensor, int]] = {}
+        for part in self._parts():
+            pairs = [
+                (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+                (part.model_fp32_groups, part.shard_fp32_groups),
+            ]
+            for parameters, mains in pairs:
+                for parameter_group, main_group in zip(parameters, mains, strict=True):
+                    for parameter, main in zip(parameter_group, main_group, strict=True):
+                        start = part._get_model_param_range_map(parameter)["param"].start
+                        shards[parameter] = (main, start)
+        return shards
+
+
+def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
+    """Learning rate of update `step` (0-based): linear warm-up, then constant or cosine to `min_lr`."""
+    if step < options.warmup_steps:
+        # the published schedule starts at 0, an update without effect; ours starts one notch higher
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    progress = (step - options.warmup_steps) / max(1, max_steps - options.warmup_steps)
+    return options.min_lr + (options.lr - options.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class OptimizerFacade(torch.optim.Optimizer):
+    """What Lightning sees: a step that counts. Megatron's optimizer has updated by then (manual optimization)."""
+
+    def __init__(self) -> None:
+        """One placeholder parameter; all state lives in `Optimizer`."""
+        super().__init__([torch.nn.Parameter(torch.zeros(()))], {})
+
+    def step(self, closure=None):  # type: ignore[override]
+        """Nothing to do: Lightning's counter moves because it was called."""
+        return None

@@ -1,0 +1,264 @@
+"""Vision-OPD as a NeMo model: `training_step` is the algorithm (arXiv 2605.18740), everything else serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from nemo.core import ModelPT
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, blank_rollout, collate, split_by_token_budget
+from nemo_vopd.config import Config
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.data.task_encoder import build_train_loader
+from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.teacher import Teacher
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
+from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+from nemo_vopd.mcore.weights import ShardedWeights
+from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
+from nemo_vopd.rollout.megatron import MegatronEngine
+from nemo_vopd.rollout.replay import ReplayEngine, dump, to_record
+from nemo_vopd.runtime.metrics import MetricsFile, Timers
+from nemo_vopd.vlm import build_vlm
+
+
+class VisionOPDModel(ModelPT):
+    """Student, teacher, optimizer and rollout engine of one rank, and the step that moves them."""
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection, trainer: Trainer | None = None) -> None:
+        """Build everything from `config`; weights come from `config.model.hf_path`."""
+        # ModelPT refuses a top-level key named model, so the run's configuration sits one level down
+        super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)
+        self.automatic_optimization = False
+        self.config, self.groups = config, groups
+        self.processor = Processor.from_pretrained(config.model.hf_path)
+        _check_support(config, self.processor.vocab_size)
+
+        model = build_vlm(config, groups)
+        self.student = wrap_ddp(model, groups)
+        self.student_optimizer = Optimizer(
+            self.student, config.optimizer, groups, bf16=config.precision.dtype == "bf16"
+        )
+        self.teacher_model, self.teacher = self._build_teacher(model)
+        self.engine = self._build_engine(model)
+        self.timers = Timers()
+        self.metrics_file: MetricsFile | None = None
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One optimizer step on the prompts of `batch`: roll out, score twice, pull the student to the teacher."""
+        step = self.trainer.global_step
+
+        # 1. The student answers from the full image (on-policy).
+        with self.timers("rollout"):
+            rollouts = self.engine.generate(batch.samples, step)
+            rollouts, num_vision_tokens = self._drop_unusable(rollouts)
+            self._dump(rollouts, step)
+        students, teachers = self._microbatches(rollouts)
+
+        # 2. The teacher reads the same responses beside the crop; only hidden states of response rows are kept.
+        with self.timers("teacher"):
+            teacher_hidden = teacher_pass(self.teacher_model, teachers, self.groups)
+
+        # 3. The student reads them beside the full image; the loss pulls it to the teacher, token by token.
+        with self.timers("student"):
+            self.student_optimizer.zero_grad()
+            statistics = student_pass(self.student, students, self._loss(students, teacher_hidden), self.groups)
+
+        # 4. The student moves, then the teacher follows; a non-finite gradient moves neither.
+        with self.timers("optimizer"):
+            lr = learning_rate(step, self.config.optimizer, self.config.trainer.max_steps)
+            updated, grad_norm = self.student_optimizer.step(lr)
+            if updated:
+                self.teacher.update()
+                self.engine.sync_weights()
+            self.optimizers().step()  # Lightning counts the step
+
+        counts = {
+            "num_responses": len(rollouts),
+            "num_dropped_samples": len(batch.dropped) + num_vision_tokens,
+            "num_skipped_updates": int(not updated) if self.groups.dp_cp.rank() == 0 else 0,
+        }
+        self._report(step, statistics, counts, grad_norm=grad_norm, lr=lr)
+
+    def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]):
+        """The loss function of `student_pass`: divergence sum, token count and statistics of one microbatch."""
+        distill, model = self.config.distill, self.student.module
+
+        def loss(hidden: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+            batch = students[index]
+            loss_sum, stats = fused_linear_jsd(
+                hidden,
+                model.output_weight(),  # type: ignore[operator]
+                teacher_hidden[index],
+                self.teacher_model.output_weight(),  # type: ignore[operator]
+                torch.ones_like(batch.rollout_log_probs),
+                alpha=distill.alpha,
+                top_k=distill.top_k,
+                add_tail=distill.add_tail,
+                temperature=self.config.rollout.temperature,
+                chunk_tokens=distill.chunk_tokens,
+                tp_group=self.groups.tp,
+                tokens=batch.response_tokens,
+                rollout_log_probs=batch.rollout_log_probs,
+                max_importance_weight=distill.importance.max_weight,
+            )
+            num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
+            sums = torch.cat([torch.stack([loss_sum.detach().float(), num_tokens.float()]), stats.sums()])
+            return loss_sum, num_tokens, sums
+
+        return loss
+
+    def _microbatches(self, rollouts: list[Rollout]) -> tuple[list[MicroBatch], list[MicroBatch]]:
+        """Student and teacher microbatches over the same responses, both within the token budget."""
+        if not rollouts:  # this rank has nothing to learn from, but takes part in the collectives
+            rollouts = [blank_rollout(self.processor.pad_token_id)]
+        pad_multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        device, pad = cpu.device(), self.processor.pad_token_id
+        students, teachers = [], []
+        for group in split_by_token_budget(rollouts, self.config.trainer.max_tokens_per_microbatch):
+            students.append(collate(group, [r.sample.student for r in group], pad, pad_multiple).to(device))
+            teachers.append(collate(group, [r.sample.teacher for r in group], pad, pad_multiple).to(device))
+        return students, teachers
+
+    def _drop_unusable(self, rollouts: list[Rollout]) -> tuple[list[Rollout], int]:
+        """Rollouts without image or video ids, which could not be scored, and the number of the others."""
+        forbidden = torch.tensor(self.processor.forbidden_token_ids)
+        kept = [rollout for rollout in rollouts if not torch.isin(rollout.token_ids, forbidden).any()]
+        return kept, len(rollouts) - len(kept)
+
+    def _dump(self, rollouts: list[Rollout], step: int) -> None:
+        """Write the rollouts of all data-parallel ranks when `rollout.dump_path` asks for it."""
+        path = self.config.rollout.dump_path
+        if path is None:
+            return
+        dp = self.groups.dp_cp
+        gathered: list = [None] * dp.size()
+        dist.all_gather_object(gathered, [to_record(rollout) for rollout in rollouts], group=dp)
+        if parallel.is_rank_zero():
+            dump(path, [record for records in gathered for record in records], step)
+
+    def _report(self, step: int, statistics: list[Tensor], counts: dict[str, int], *, grad_norm: float, lr: float) -> None:
+        """Reduce the sums of the step once and write metrics.jsonl, TensorBoard and the progress line."""
+        last_stage = parallel.is_last_stage(self.groups)
+        sums = torch.zeros(_NUM_SUMS + len(counts), dtype=torch.float64, device=cpu.device())
+        if last_stage:
+            sums[:_NUM_SUMS] = torch.stack(statistics).double().sum(0)
+            sums[_NUM_SUMS:] = torch.tensor(list(counts.values()), dtype=torch.float64)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
+        dist.all_reduce(sums, group=self.groups.pp)
+        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, *totals = sums.tolist()
+        seconds = self.timers.pop()
+        num = max(tokens, 1.0)
+        metrics = {
+            "step": step,
+            "loss": loss / num,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "num_response_tokens": int(tokens),
+            **{name: int(total) for name, total in zip(counts, totals, strict=True)},
+            "mean_response_length": tokens / max(totals[0], 1.0),
+            "divergence": divergence / num,
+            "teacher_topk_mass": teacher_mass / num,
+            "student_topk_mass": student_mass / num,
+            "importance_weight_mean": importance / num,
+            "entropy": entropy / num,
+            **seconds,
+            "tokens_per_second": tokens / seconds["seconds_step"],
+        }
+        if self.metrics_file is not None:
+            self.metrics_file.write(metrics)
+        for name, value in metrics.items():
+            shown = name in ("loss", "mean_response_length", "tokens_per_second")
+            self.log(name, float(value), prog_bar=shown, rank_zero_only=True)
+
+    def _build_teacher(self, model: torch.nn.Module) -> tuple[torch.nn.Module, Teacher]:
+        """The module that scores the crop view and the rule by which its weights follow."""
+        options = self.config.distill.teacher
+        if options.kind == "current":  # the live weights, read without gradient: no second copy
+            return model, Teacher("current", 0.0, {}, lambda shards: None)
+        teacher_model = build_vlm(self.config, self.groups).eval()
+        weights = ShardedWeights(teacher_model, self.student, self.student_optimizer, self.groups)
+        main = {name: shard for name, (shard, _) in weights.main.items()}
+        return teacher_model, Teacher(options.kind, options.rate, main, weights.publish)
+
+    def _build_engine(self, model: torch.nn.Module) -> RolloutEngine:
+        rollout = self.config.rollout
+        if rollout.engine == "replay":
+            assert rollout.path is not None  # validated
+            return ReplayEngine(rollout.path, rollout.n)
+        params = SamplingParams(
+            n=rollout.n,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_response_length=rollout.max_response_length,
+            end_token_ids=tuple(self.processor.end_token_ids),
+            forbidden_token_ids=tuple(self.processor.forbidden_token_ids),
+            seed=self.config.seed,
+        )
+        return MegatronEngine(
+            model,
+            self.groups,
+            params,
+            pad_token_id=self.processor.pad_token_id,
+            max_batch_tokens=rollout.max_batch_tokens,
+        )
+
+    def train_dataloader(self) -> Iterator[PromptBatch]:
+        """This data-parallel rank's prompts of each global batch, without end."""
+        dp = self.groups.dp_cp
+        return build_train_loader(
+            self.config.data,
+            self.config.distill.teacher_view,
+            self.processor,
+            seed=self.config.seed,
+            dp_rank=dp.rank(),
+            dp_size=dp.size(),
+        )
+
+    def on_train_start(self) -> None:
+        """Open the metrics file on rank 0, from the step the run starts at."""
+        super().on_train_start()
+        path = Path(self.config.exp_manager["exp_dir"]) / "metrics.jsonl"
+        if parallel.is_rank_zero():
+            self.metrics_file = MetricsFile(path, self.trainer.global_step)
+        self.timers = Timers()
+
+    def configure_optimizers(self):
+        """Lightning gets a facade that counts; Megatron's optimizer does the work."""
+        return OptimizerFacade()
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
+        """Prompts stay on the CPU until they are packed into microbatches."""
+        return batch
+
+    def setup_training_data(self, train_data_config=None) -> None:
+        """Required by ModelPT; the loader is built by `train_dataloader`."""
+
+    def setup_validation_data(self, val_data_config=None) -> None:
+        """Required by ModelPT; accuracy is measured by recipes/evaluate.py."""
+
+    @classmethod
+    def list_available_models(cls):
+        """Required by ModelPT: there are no pretrained models to list."""
+        return []
+
+
+_NUM_SUMS = 8
+"""Loss, tokens and the six fields of TokenStats."""
+
+
+def _check_support(config: Config, vocab_size: int) -> None:
+    top_k = config.distill.top_k
+    if top_k is not None and top_k > vocab_size:
+        rule = f"must not exceed the vocabulary size, {vocab_size}"
+        raise OptionError("distill.top_k", top_k, rule, "lower it or set distill.top_k=null for the full vocabulary")

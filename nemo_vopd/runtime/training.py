@@ -1,0 +1,62 @@
+"""A run: process groups, Lightning's trainer, NeMo's experiment manager, the model, fit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer, seed_everything
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
+
+from nemo_vopd.config import Config
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
+from nemo_vopd.mcore.strategy import MegatronStrategy
+from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.runtime.metrics import ProgressBar
+
+
+def train(config: Config) -> VisionOPDModel:
+    """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`."""
+    groups = parallel.initialize(config.parallel, seed=config.seed)
+    seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(config)
+    start_experiment(trainer, config)
+    model = VisionOPDModel(config, groups, trainer)
+    trainer.fit(model)
+    return model
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Lightning's trainer over the existing process group."""
+    world, nodes = dist.get_world_size(), config.num_nodes
+    if world % nodes:
+        rule = f"must divide the number of processes, {world}"
+        raise OptionError("num_nodes", nodes, rule, "set it to the number of nodes of the job")
+    bar = [ProgressBar()] if config.trainer.enable_progress_bar else []
+    return Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=world // nodes,
+        num_nodes=nodes,
+        strategy=MegatronStrategy(world // nodes),
+        max_steps=config.trainer.max_steps,
+        limit_train_batches=config.trainer.max_steps,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        enable_progress_bar=config.trainer.enable_progress_bar,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        logger=False,
+        callbacks=bar,  # type: ignore[arg-type]
+    )
+
+
+def start_experiment(trainer: Trainer, config: Config) -> None:
+    """Hand logging over to NeMo's exp_manager, everything directly in `exp_dir`."""
+    options = copy.deepcopy(config.exp_manager)
+    Path(options["exp_dir"]).mkdir(parents=True, exist_ok=True)
+    options["explicit_log_dir"] = options.pop("exp_dir")
+    exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]

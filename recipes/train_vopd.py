@@ -1,0 +1,30 @@
+"""Train with Vision-OPD.
+
+    python recipes/train_vopd.py --config-name tiny
+    torchrun --nproc-per-node 2 recipes/train_vopd.py --config-name tiny parallel.tensor=2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+
+from nemo_vopd.cli import run_recipe
+from nemo_vopd.config import from_hydra
+from nemo_vopd.data.assets import ensure_tiny_assets
+
+
+def main(cfg: DictConfig) -> None:
+    """Check the configuration, then train."""
+    config = from_hydra(cfg)
+    if Path(config.model.hf_path).name == "tiny-vlm" and Path(config.data.path).name == "tiny-digits":
+        ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
+    from nemo_vopd.runtime.training import train  # Megatron takes seconds to import: mistakes are told first
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_recipe(main, "tiny", hydra_runner)
