@@ -6,7 +6,7 @@ The defaults are the published run (ALGORITHM section 2). `validate` checks what
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -159,6 +159,17 @@ class PrecisionConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Accuracy on both views while training; needs answers, which training itself never reads."""
+
+    path: str | None = None
+    """Energon data set with answers."""
+    every_n_steps: int = 0
+    """Measure before the first step and every so many steps; 0 never measures."""
+    num_samples: int = 256
+
+
+@dataclass
 class TrainerConfig:
     """Length of the run and Lightning's trainer."""
 
@@ -182,6 +193,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: dict[str, Any] = field(
         default_factory=lambda: {
@@ -198,15 +210,16 @@ class Config:
     """NeMo's exp_manager options, plus `exp_dir`: the folder everything of this run is written to."""
 
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 ConfigStore.instance().store(name="nemo_vopd", node=Config)
 
 
-def from_hydra(cfg: DictConfig) -> Config:
-    """The typed configuration of a composed Hydra config, validated."""
+def from_hydra(cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
+    """The typed configuration of a composed Hydra config, validated. `schema` may extend `Config`."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
-    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))  # type: ignore[assignment]
+    config: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[assignment]
     validate(config)
     return config
 
@@ -262,6 +275,8 @@ def validate(config: Config) -> None:
         optimizer__weight_decay=optimizer.weight_decay,
         optimizer__clip_grad=optimizer.clip_grad,
         optimizer__warmup_steps=optimizer.warmup_steps,
+        evaluation__every_n_steps=config.evaluation.every_n_steps,
+        evaluation__num_samples=config.evaluation.num_samples,
     )
     for name, view in (("full", data.full), ("crop_pixels", data.crop_pixels)):
         _require(
@@ -289,6 +304,13 @@ def validate(config: Config) -> None:
             "rollout=replay reads responses from a file",
             "give rollout.path=FILE, a file that rollout.dump_path wrote",
         )
+    _require(
+        config.evaluation.every_n_steps == 0 or config.evaluation.path is not None,
+        "evaluation.path",
+        config.evaluation.path,
+        "accuracy while training needs a data set with answers",
+        "give evaluation.path=DIRECTORY or set evaluation.every_n_steps=0",
+    )
     sequence_ok = not config.parallel.sequence or config.parallel.tensor > 1
     _require(
         sequence_ok,

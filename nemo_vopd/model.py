@@ -14,19 +14,20 @@ from nemo.core import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, blank_rollout, collate, split_by_token_budget
+from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import build_train_loader
+from nemo_vopd.data.task_encoder import build_train_loader, iterate_samples
 from nemo_vopd.distill.fused import fused_linear_jsd
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
+from nemo_vopd.evaluation.gap import measure_gap
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
 from nemo_vopd.mcore.weights import ShardedWeights
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
-from nemo_vopd.rollout.megatron import MegatronEngine
+from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
 from nemo_vopd.rollout.replay import ReplayEngine, dump, to_record
 from nemo_vopd.runtime.metrics import MetricsFile, Timers
 from nemo_vopd.vlm import build_vlm
@@ -53,6 +54,8 @@ class VisionOPDModel(ModelPT):
         self.engine = self._build_engine(model)
         self.timers = Timers()
         self.metrics_file: MetricsFile | None = None
+        self.evaluation_file: MetricsFile | None = None
+        self._evaluation_samples: list[Sample] | None = None
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One optimizer step on the prompts of `batch`: roll out, score twice, pull the student to the teacher."""
@@ -196,7 +199,18 @@ class VisionOPDModel(ModelPT):
         if rollout.engine == "replay":
             assert rollout.path is not None  # validated
             return ReplayEngine(rollout.path, rollout.n)
-        params = SamplingParams(
+        return MegatronEngine(
+            model,
+            self.groups,
+            self.sampling_params(),
+            pad_token_id=self.processor.pad_token_id,
+            max_batch_tokens=rollout.max_batch_tokens,
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        """How the student samples: the rollout options and the model's special tokens."""
+        rollout = self.config.rollout
+        return SamplingParams(
             n=rollout.n,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -204,13 +218,6 @@ class VisionOPDModel(ModelPT):
             end_token_ids=tuple(self.processor.end_token_ids),
             forbidden_token_ids=tuple(self.processor.forbidden_token_ids),
             seed=self.config.seed,
-        )
-        return MegatronEngine(
-            model,
-            self.groups,
-            params,
-            pad_token_id=self.processor.pad_token_id,
-            max_batch_tokens=rollout.max_batch_tokens,
         )
 
     def train_dataloader(self) -> Iterator[PromptBatch]:
@@ -228,10 +235,33 @@ class VisionOPDModel(ModelPT):
     def on_train_start(self) -> None:
         """Open the metrics file on rank 0, from the step the run starts at."""
         super().on_train_start()
-        path = Path(self.config.exp_manager["exp_dir"]) / "metrics.jsonl"
+        folder = Path(self.config.exp_manager["exp_dir"])
         if parallel.is_rank_zero():
-            self.metrics_file = MetricsFile(path, self.trainer.global_step)
+            self.metrics_file = MetricsFile(folder / "metrics.jsonl", self.trainer.global_step)
+            self.evaluation_file = MetricsFile(folder / "evaluations.jsonl", self.trainer.global_step)
         self.timers = Timers()
+
+        self._evaluate(self.trainer.global_step)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
+        """Measure accuracy on both views where `evaluation.every_n_steps` asks for it."""
+        super().on_train_batch_end(outputs, batch, batch_idx, unused)
+        self._evaluate(self.trainer.global_step)
+
+    def _evaluate(self, step: int) -> None:
+        options = self.config.evaluation
+        if not options.every_n_steps or options.path is None or step % options.every_n_steps:
+            return
+        if self._evaluation_samples is None:
+            items = iterate_samples(options.path, self.config.data, "crop", self.processor, options.num_samples)
+            self._evaluation_samples = [item for item in items if isinstance(item, Sample)]
+        rollout, model = self.config.rollout, self.student.module
+        decoder = Decoder(model, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)  # type: ignore[arg-type]
+        gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)
+        if self.evaluation_file is not None:
+            accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
+            self.evaluation_file.write({"step": step, **accuracies})
+        self.timers.pop()  # evaluation is not part of the next step
 
     def configure_optimizers(self):
         """Lightning gets a facade that counts; Megatron's optimizer does the work."""

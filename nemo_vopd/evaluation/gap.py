@@ -1,0 +1,74 @@
+"""The regional-to-global gap: greedy accuracy on the crop view less that on the full view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_vopd.batch import Sample
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.evaluation.scoring import exact_match
+from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.megatron import Decoder
+
+
+@dataclass
+class Reply:
+    """What the model said about one sample under each view."""
+
+    id: str
+    full: str
+    crop: str
+    full_correct: bool
+    crop_correct: bool
+
+
+@dataclass
+class Gap:
+    """Accuracies in [0, 1] over the same samples."""
+
+    full_accuracy: float
+    crop_accuracy: float
+    replies: list[Reply]
+
+    @property
+    def gap(self) -> float:
+        """Crop-view accuracy less full-view accuracy."""
+        return self.crop_accuracy - self.full_accuracy
+
+
+def measure_gap(
+    decoder: Decoder,
+    processor: Processor,
+    samples: list[Sample],
+    groups: ProcessGroupCollection,
+    max_response_length: int,
+) -> Gap:
+    """Answer every sample greedily from its student view (full) and its teacher view (crop).
+
+    Samples are shared out over data-parallel ranks; every rank returns the whole result. They need an answer.
+    """
+    dp = groups.dp_cp
+    params = SamplingParams(
+        temperature=0.0,
+        max_response_length=max_response_length,
+        end_token_ids=tuple(processor.end_token_ids),
+        forbidden_token_ids=tuple(processor.forbidden_token_ids),
+    )
+    mine = samples[dp.rank() :: dp.size()]
+    texts = []
+    for views in ([s.student for s in mine], [s.teacher for s in mine]):
+        responses = decoder(views, [s.id for s in mine], params) if mine else []
+        texts.append([processor.decode(answers[0][0]) for answers in responses])
+    replies = []
+    for sample, full, crop in zip(mine, *texts, strict=True):
+        assert sample.answer is not None, f"sample {sample.id} has no answer to compare with"
+        right = exact_match(full, sample.answer), exact_match(crop, sample.answer)
+        replies.append(Reply(sample.id, full, crop, *right))
+    gathered: list = [None] * dp.size()
+    dist.all_gather_object(gathered, replies, group=dp)
+    replies = [reply for part in gathered for reply in part]
+    num = max(1, len(replies))
+    return Gap(sum(r.full_correct for r in replies) / num, sum(r.crop_correct for r in replies) / num, replies)
