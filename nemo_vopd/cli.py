@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -26,8 +27,17 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, runner: Run
     A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
+
+    @functools.wraps(task)
+    def guarded(cfg: DictConfig) -> None:
+        # inside Hydra's job: an error that leaves it gets a second line, "Error executing job with overrides"
+        try:
+            task(cfg)
+        except OptionError as error:
+            _fail(str(error))
+
     try:
-        runner(config_path=CONF, config_name=config_name)(task)()
+        runner(config_path=CONF, config_name=config_name)(guarded)()
     except OptionError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:

@@ -223,7 +223,7 @@ class VisionOPDModel(ModelPT):
     def train_dataloader(self) -> Iterator[PromptBatch]:
         """This data-parallel rank's prompts of each global batch, without end."""
         dp = self.groups.dp_cp
-        return build_train_loader(
+        loader = build_train_loader(
             self.config.data,
             self.config.distill.teacher_view,
             self.processor,
@@ -231,6 +231,8 @@ class VisionOPDModel(ModelPT):
             dp_rank=dp.rank(),
             dp_size=dp.size(),
         )
+        # an iterator has no length: Lightning would end an epoch, and restart the loader, after each pass
+        return iter(loader)
 
     def on_train_start(self) -> None:
         """Open the metrics file on rank 0, from the step the run starts at."""

@@ -61,9 +61,14 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def destroy() -> None:
-    """Forget all groups (tests build several layouts in one process)."""
+def forget_layout() -> None:
+    """Take Megatron's groups down and keep the processes, so that another layout can be built."""
     parallel_state.destroy_model_parallel()
+
+
+def destroy() -> None:
+    """Take all groups down."""
+    forget_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -164,7 +164,7 @@ def test_given_crop_goes_before_the_box(folder, processor):
     prepare(write(folder, [GOOD, both]), folder / "out", progress=False)
     data = DataConfig(full=PixelConfig(3136, 12544), crop_pixels=PixelConfig(3136, 12544))
     cut, given = iterate_samples(folder / "out", data, "crop", processor)
-    assert cut.teacher.grid_thw.tolist() == [[1, 4, 4]] and given.teacher.grid_thw.tolist() == [[1, 8, 8]]
+    assert cut.teacher.grid_thw.tolist() == [[1, 4, 4]] and given.teacher.grid_thw.tolist() == [[1, 6, 6]]
 
 
 def test_recipe(folder):

@@ -1,0 +1,13 @@
+"""What the fork server of `tests.distributed` imports once."""
+
+import warnings
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: E402, F401
+
+import nemo_vopd.runtime.training  # noqa: E402, F401
