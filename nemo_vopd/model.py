@@ -150,7 +150,9 @@ class VisionOPDModel(ModelPT):
         if parallel.is_rank_zero():
             dump(path, [record for records in gathered for record in records], step)
 
-    def _report(self, step: int, statistics: list[Tensor], counts: dict[str, int], *, grad_norm: float, lr: float) -> None:
+    def _report(
+        self, step: int, statistics: list[Tensor], counts: dict[str, int], *, grad_norm: float, lr: float
+    ) -> None:
         """Reduce the sums of the step once and write metrics.jsonl, TensorBoard and the progress line."""
         last_stage = parallel.is_last_stage(self.groups)
         sums = torch.zeros(_NUM_SUMS + len(counts), dtype=torch.float64, device=cpu.device())

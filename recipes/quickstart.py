@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from nemo.core.config import hydra_runner
+from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
@@ -159,5 +160,7 @@ class Clock:
 
 
 if __name__ == "__main__":
+    nemo_logging.setLevel(nemo_logging.ERROR)  # the phases tell what happens
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     run_recipe(main, "quickstart", hydra_runner)

@@ -1,7 +1,7 @@
 """Train with Vision-OPD.
 
-    python recipes/train_vopd.py --config-name tiny
-    torchrun --nproc-per-node 2 recipes/train_vopd.py --config-name tiny parallel.tensor=2
+python recipes/train_vopd.py --config-name tiny
+torchrun --nproc-per-node 2 recipes/train_vopd.py --config-name tiny parallel.tensor=2
 """
 
 from __future__ import annotations

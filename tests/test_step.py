@@ -70,7 +70,11 @@ def test_steps_equal_the_oracle(name, oracle, assets, tmp_path):
                 # Adam divides by the root of tiny second moments, so round-off of a gradient near zero shows in
                 # the weight; it stays far below one update (LR * steps = 6e-4 after the warm-up factors)
                 torch.testing.assert_close(
-                    tensor, reference[tensor_name], atol=2e-5, rtol=1e-5, msg=lambda m, r=rank, n=tensor_name: f"{r} {n} {m}"
+                    tensor,
+                    reference[tensor_name],
+                    atol=2e-5,
+                    rtol=1e-5,
+                    msg=lambda m, r=rank, n=tensor_name: f"{r} {n} {m}",
                 )
         seen = set().union(*(result[which] for result in per_rank))
         assert seen == set(reference)

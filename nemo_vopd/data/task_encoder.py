@@ -180,7 +180,7 @@ def build_train_loader(
     on every rank. `iter(loader).close()` before dropping a loader ends its workers at once; left to the garbage
     collector they take 5 s each.
 
-    Raises OptionError when `data.path` is no Energon data set or the batch does not divide.
+    Raises OptionError when `data.path` is no Energon data set, the batch does not divide, or workers outnumber records.
     """
     if data.batch_size % dp_size:
         raise OptionError(
@@ -189,8 +189,13 @@ def build_train_loader(
             f"must be divisible by the data-parallel size {dp_size}",
             f"set it to a multiple of {dp_size}",
         )
+    path = _dataset_path(data.path)
+    num_records = sum(json.loads((path / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
+    if data.num_workers > num_records:
+        rule = f"must not exceed the {num_records} records of {data.path}: each worker reads its own share"
+        raise OptionError("data.num_workers", data.num_workers, rule, f"set it to {num_records} or less")
     dataset = get_train_dataset(
-        _dataset_path(data.path),
+        path,
         worker_config=_worker_config(data.num_workers, seed),
         batch_size=data.batch_size,
         shuffle_buffer_size=data.shuffle_buffer_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -114,6 +115,13 @@ def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
     sections = [temporal, (half_head - temporal) // 2, half_head - temporal - (half_head - temporal) // 2]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     ids = {"bos_token_id": _id("<|endoftext|>"), "eos_token_id": _id("<|im_end|>")}
+    vision_ids: dict[str, Any] = {
+        "image_token_id": _id("<|image_pad|>"),
+        "video_token_id": _id("<|video_pad|>"),
+        "vision_start_token_id": _id("<|vision_start|>"),
+        "vision_end_token_id": _id("<|vision_end|>"),
+        "vision_token_id": _id("<|vision_pad|>"),
+    }
     return Qwen2_5_VLConfig(
         text_config={**text, **ids, "rope_parameters": rope, "rms_norm_eps": 1e-6},
         vision_config={
@@ -124,11 +132,7 @@ def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
             "out_hidden_size": text["hidden_size"],
             "fullatt_block_indexes": [vision["depth"] - 1],
         },
-        image_token_id=_id("<|image_pad|>"),
-        video_token_id=_id("<|video_pad|>"),
-        vision_start_token_id=_id("<|vision_start|>"),
-        vision_end_token_id=_id("<|vision_end|>"),
-        vision_token_id=_id("<|vision_pad|>"),
+        **vision_ids,
         tie_word_embeddings=text["tie_word_embeddings"],
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype="float32",
@@ -138,7 +142,7 @@ def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
 def _initialise(model: torch.nn.Module, config: Qwen2_5_VLConfig) -> None:
     """Set every parameter here: which modules a transformers release initialises, and how, has changed before."""
     for name, parameter in model.named_parameters():
-        part = config.vision_config if "visual" in name else config.text_config
+        part: Any = config.vision_config if "visual" in name else config.text_config
         if name.endswith(".bias"):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim == 1:  # the only vectors that are no biases are norm weights

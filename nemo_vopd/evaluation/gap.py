@@ -8,10 +8,14 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_vopd.batch import Sample
+from nemo_vopd.config import Config
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.data.task_encoder import iterate_samples
+from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.scoring import exact_match
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.megatron import Decoder
+from nemo_vopd.vlm import build_vlm
 
 
 @dataclass
@@ -72,3 +76,16 @@ def measure_gap(
     replies = [reply for part in gathered for reply in part]
     num = max(1, len(replies))
     return Gap(sum(r.full_correct for r in replies) / num, sum(r.crop_correct for r in replies) / num, replies)
+
+
+def evaluate_directory(config: Config, groups: ProcessGroupCollection, limit: int | None = None) -> Gap:
+    """`measure_gap` of the model in `config.model.hf_path` on the first `limit` samples of `config.data.path`."""
+    processor = Processor.from_pretrained(config.model.hf_path)
+    items = iterate_samples(config.data.path, config.data, "crop", processor, limit)
+    samples = [item for item in items if isinstance(item, Sample)]
+    without = next((sample.id for sample in samples if sample.answer is None), None)
+    if without is not None:
+        rule = f"has no answer to compare with in sample {without}"
+        raise OptionError("data.path", config.data.path, rule, "evaluate on a data set with answers")
+    decoder = Decoder(build_vlm(config, groups), groups, processor.pad_token_id, config.rollout.max_batch_tokens)
+    return measure_gap(decoder, processor, samples, groups, config.rollout.max_response_length)

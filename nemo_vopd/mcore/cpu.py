@@ -15,7 +15,18 @@ from collections.abc import Callable
 import torch
 
 CHECKED_MEGATRON = ("0.16",)
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "full_like")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 _active = False
 
 

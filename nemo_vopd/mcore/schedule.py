@@ -46,7 +46,7 @@ def _communicator(model, groups: ProcessGroupCollection):
 
 @torch.no_grad()
 def teacher_pass(model: torch.nn.Module, batches: list[MicroBatch], groups: ProcessGroupCollection) -> list[Tensor]:
-    """Forward only: final hidden states [T, H] of the response rows of each microbatch (empty before the last stage)."""
+    """Forward only: hidden states [T, H] of the response rows of each microbatch (empty before the last stage)."""
 
     def keep_response_rows(index: int, batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
         return model.response_hidden(hidden, batch).clone()  # type: ignore[operator]

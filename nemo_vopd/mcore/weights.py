@@ -19,7 +19,11 @@ class ShardedWeights:
     """
 
     def __init__(
-        self, model: torch.nn.Module, student: DistributedDataParallel, optimizer: Optimizer, groups: ProcessGroupCollection
+        self,
+        model: torch.nn.Module,
+        student: DistributedDataParallel,
+        optimizer: Optimizer,
+        groups: ProcessGroupCollection,
     ) -> None:
         """Rebind the parameters of `model`, built like the student, to flat buffers and fill them with its weights."""
         self.group = groups.dp_cp

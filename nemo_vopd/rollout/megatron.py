@@ -142,7 +142,9 @@ class Decoder:
             return None
         return hidden
 
-    def _draw(self, hidden: Tensor | None, rows: int, uniform: Tensor | None, params: SamplingParams, forbidden: Tensor):
+    def _draw(
+        self, hidden: Tensor | None, rows: int, uniform: Tensor | None, params: SamplingParams, forbidden: Tensor
+    ):
         """Tokens and log-probs [B], the same on every rank of the model-parallel group."""
         tp, mp = self.groups.tp, self.groups.mp
         packed = torch.empty((2, rows), dtype=torch.float64, device=self.device)

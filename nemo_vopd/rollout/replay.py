@@ -10,7 +10,6 @@ import torch
 from nemo_vopd.batch import Rollout, Sample
 from nemo_vopd.errors import OptionError
 
-
 Record = tuple[str, int, list[int], list[float]]
 """Sample id, number of the response, token ids, log-probs."""
 

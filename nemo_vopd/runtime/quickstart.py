@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import io
 import json
 import tarfile
@@ -18,11 +17,12 @@ from nemo_vopd.config import Config, DataConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.data.views import crop_box
-from nemo_vopd.evaluation.gap import Gap, measure_gap
+from nemo_vopd.evaluation.gap import Gap, evaluate_directory
 from nemo_vopd.evaluation.report import Example, TokenTrace, gap_figure_svg, write_report
 from nemo_vopd.evaluation.traces import trace
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.rollout.megatron import Decoder
+from nemo_vopd.runtime.environment import implementations, versions
 from nemo_vopd.runtime.metrics import read_metrics
 from nemo_vopd.runtime.training import train
 from nemo_vopd.runtime.warmup import warm_up
@@ -42,19 +42,13 @@ def warm_up_base(config, groups: ProcessGroupCollection, root: Path) -> None:
     run = _pointed_at(config, root / "init", root / "data" / "warmup", batch_size=config.warmup.batch_size)
     warmup = config.warmup
     log = root / "warmup.jsonl"
-    model = warm_up(
-        run, groups, log, steps=warmup.steps, full_fraction=warmup.full_fraction, options=warmup.optimizer
-    )
+    model = warm_up(run, groups, log, steps=warmup.steps, full_fraction=warmup.full_fraction, options=warmup.optimizer)
     save_hf(model, model.weight_rule, groups, root / "init", root / "base")
 
 
 def measure(config: Config, groups: ProcessGroupCollection, hf_path: Path, data_path: Path) -> Gap:
     """Greedy accuracy of the model in `hf_path` on both views of `data_path`."""
-    run = _pointed_at(config, hf_path, data_path)
-    processor = Processor.from_pretrained(hf_path)
-    decoder = Decoder(build_vlm(run, groups), groups, processor.pad_token_id, config.rollout.max_batch_tokens)
-    samples = list(_samples(run, processor))
-    return measure_gap(decoder, processor, samples, groups, config.rollout.max_response_length)
+    return evaluate_directory(_pointed_at(config, hf_path, data_path), groups)
 
 
 def _samples(config: Config, processor: Processor, limit: int | None = None) -> Iterator[Sample]:
@@ -103,8 +97,7 @@ def report(config: Config, root: Path, model: VisionOPDModel, before: Gap, after
         lists = (policy.log_probs, teacher.log_probs, divergence, policy.top, teacher.top)
         traces.append(TokenTrace(image, crop, meta["question"], tokens, *lists))
 
-    packages = ("torch", "megatron-core", "nemo-toolkit", "megatron-energon", "transformers")
-    facts = {**summary, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    facts = {**summary, "implementations": implementations(config), "versions": versions()}
     write_report(
         root / "report.html",
         title="Vision-OPD quickstart",

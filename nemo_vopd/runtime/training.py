@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import logging
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
 
 
@@ -25,6 +26,8 @@ def train(config: Config) -> VisionOPDModel:
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
     start_experiment(trainer, config)
+    if parallel.is_rank_zero():
+        print(describe(config, dist.get_world_size()), flush=True)
     model = VisionOPDModel(config, groups, trainer)
     trainer.fit(model)
     return model
@@ -57,6 +60,10 @@ def build_trainer(config: Config) -> Trainer:
 def start_experiment(trainer: Trainer, config: Config) -> None:
     """Hand logging over to NeMo's exp_manager, everything directly in `exp_dir`."""
     options = copy.deepcopy(config.exp_manager)
-    Path(options["exp_dir"]).mkdir(parents=True, exist_ok=True)
     options["explicit_log_dir"] = options.pop("exp_dir")
     exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
+    # exp_manager routes Megatron's INFO records, hundreds of parameter names, to the console
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("megatron."):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -51,7 +51,9 @@ def warm_up(
     )
     rank_zero = parallel.is_rank_zero()
     log = log_path.open("w") if rank_zero else None
-    bar = tqdm(zip(range(steps), loader), total=steps, desc="warm-up", disable=not rank_zero, mininterval=1)
+    bar = tqdm(
+        zip(range(steps), loader, strict=False), total=steps, desc="warm-up", disable=not rank_zero, mininterval=1
+    )
     for step, prompts in bar:
         start = time.perf_counter()
         batch = _answers(prompts, processor, full_fraction).to(cpu.device())

@@ -53,7 +53,9 @@ class HFReader:
         self.path = Path(path)
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
-            raise OptionError("model.hf_path", path, "holds no *.safetensors file", "give a Hugging Face model directory")
+            raise OptionError(
+                "model.hf_path", path, "holds no *.safetensors file", "give a Hugging Face model directory"
+            )
         self.original_name: dict[str, str] = {}
         self._file: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}  # type: ignore[valid-type]
@@ -71,7 +73,10 @@ class HFReader:
         """Tensor `name` (canonical), or its part `rank` of `size` along `dim`."""
         if name not in self._file:
             raise OptionError(
-                "model.hf_path", self.path, f"has no tensor {name}", "check that config.json and the weights belong together"
+                "model.hf_path",
+                self.path,
+                f"has no tensor {name}",
+                "check that config.json and the weights belong together",
             )
         lazy = self._handle(self._file[name]).get_slice(self.original_name[name])
         if dim is None or size == 1:

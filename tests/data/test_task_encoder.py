@@ -182,6 +182,9 @@ def test_wrong_options(data_config, processor, tmp_path):
     with pytest.raises(OptionError) as caught:
         build_train_loader(data_config, "crop", processor, seed=1, dp_rank=0, dp_size=3)
     assert caught.value.option == "data.batch_size"
+    with pytest.raises(OptionError, match="data.num_workers=97"):
+        crowded = replace(data_config, num_workers=97)
+        build_train_loader(crowded, "crop", processor, seed=1, dp_rank=0, dp_size=1)
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "none", tmp_path / "empty"):
         with pytest.raises(OptionError, match="prepare_data.py") as caught:

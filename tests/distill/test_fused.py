@@ -88,6 +88,4 @@ def test_no_tokens_and_masked_tokens():
 def test_refuses_a_support_larger_than_the_vocabulary():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
     with pytest.raises(ValueError, match="top_k=51"):
-        fused_linear_jsd(
-            student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True
-        )
+        fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True)

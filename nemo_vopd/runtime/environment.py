@@ -1,0 +1,50 @@
+"""What serves this run: printed once at the start, so that a log tells what was really used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+
+from nemo_vopd.config import Config
+from nemo_vopd.mcore.layers import uses_transformer_engine
+
+PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "transformer-engine", "apex", "megatron-energon", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Installed version of every package the run may use, `absent` where there is none."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def implementations(config: Config) -> dict[str, str]:
+    """Which implementation serves attention, norm, matrix products and the optimizer."""
+    engine = uses_transformer_engine(config.model.layer_spec)
+    adam = "torch AdamW"
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        adam = megatron_optimizer.Adam.__module__.split(".")[0] + " FusedAdam"
+    layers = "Transformer Engine" if engine else "Megatron-Core local"
+    return {
+        "attention": "Transformer Engine" if engine else "torch scaled_dot_product_attention",
+        "norm": "Transformer Engine" if engine else "nemo_vopd RMSNorm",
+        "matrix products": f"{layers}, {config.precision.dtype}",
+        "optimizer": f"{adam} on float32 shards",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Two lines: implementations and layout, then versions."""
+    parallel = config.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, data {data}"
+    layout += ", sequence parallel" if parallel.sequence else ""
+    served = "; ".join(f"{what}: {how}" for what, how in implementations(config).items())
+    return f"layout: {layout}; {served}\nversions: " + ", ".join(f"{k} {v}" for k, v in versions().items())

@@ -1,0 +1,54 @@
+"""Megatron-Core on a machine without CUDA."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nemo_vopd.mcore import cpu
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_cuda_requests_land_on_the_cpu():
+    cpu.activate()
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA: the module stays out of the way")
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(1).cuda().to("cuda").to(device="cuda:0").device.type == "cpu"
+    assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(1).type("torch.DoubleTensor").dtype == torch.float64
+    assert torch.ones(1).to(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_nothing_changes_where_cuda_is_available():
+    code = """
+import torch
+torch.cuda.is_available = lambda: True
+before = torch.zeros, torch.Tensor.type, torch.cuda.current_device
+from nemo_vopd.mcore import cpu
+cpu.activate()
+print(before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device))
+"""
+    assert run(code) == "True"
+
+
+def test_unchecked_megatron_versions_are_refused():
+    code = """
+import importlib.metadata, torch
+torch.cuda.is_available = lambda: False
+importlib.metadata.version = lambda name: "0.99.0"
+from nemo_vopd.mcore import cpu
+try:
+    cpu.activate()
+except RuntimeError as error:
+    print(error)
+"""
+    assert "megatron-core=0.99.0" in run(code)
