@@ -1,6 +1,6 @@
 """Every option of a run as dataclasses: Hydra fills them, unknown keys and wrong types fail at the start.
 
-The defaults are the published run (ALGORITHM section 2). `validate` checks what spans several fields and never changes one.
+The defaults are the published run (ALGORITHM section 2). `validate` checks what spans several fields, changing none.
 """
 
 from __future__ import annotations

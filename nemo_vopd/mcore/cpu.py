@@ -7,7 +7,6 @@ nothing where CUDA is available, and refuses Megatron versions it was not checke
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 from collections.abc import Callable
@@ -42,6 +41,9 @@ def activate() -> None:
             "install one of those or use a machine with a GPU"
         )
     _active = True
+    # `with torch.device(...)` (transformers' meta-device loading) recognises factories by identity, in a list it
+    # makes on first use: make it now, of the originals, which the replacements below call
+    torch.utils._device._device_constructors()
     _patch_torch_cuda()
     for name in _FACTORIES:
         setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
@@ -108,13 +110,3 @@ def device() -> torch.device:
 def backend() -> str:
     """torch.distributed backend: nccl with GPUs, else gloo."""
     return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-@contextlib.contextmanager
-def quiet_megatron():
-    """Silence the import-time warnings about fused kernels that a CPU cannot have."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -60,7 +60,7 @@ class KVCache:
         self.response: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store key and value [s, b', g, d] of this step and attend with query [s, b', h, d]; returns [s, b', h * d]."""
+        """Store key, value [s, b, g, d] of this step, attend with query [s, b, h, d]; returns [s, b, h * d]."""
         if self.step < 0:
             # [b, g, p, d]: the layout every later step reads
             self.prompt[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())

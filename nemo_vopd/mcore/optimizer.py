@@ -1,4 +1,4 @@
-"""Megatron's DDP and distributed optimizer, the learning rate as a function of the step, and the facade for Lightning."""
+"""Megatron's DDP and distributed optimizer, the learning rate as a function of the step, Lightning's facade."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ def test_cuda_requests_land_on_the_cpu():
     assert torch.ones(1).type("torch.DoubleTensor").dtype == torch.float64
     assert torch.ones(1).to(torch.bfloat16).dtype == torch.bfloat16
     assert torch.cuda.current_device() == torch.device("cpu")
+    with torch.device("meta"):
+        assert torch.arange(3).is_meta and torch.zeros(2).is_meta
 
 
 def test_nothing_changes_where_cuda_is_available():
