@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -17,16 +19,18 @@ from nemo_vopd.errors import OptionError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
-Runner = Callable[..., Callable[[Callable[[DictConfig], None]], Callable[[], None]]]
 
-
-def run_recipe(task: Callable[[DictConfig], None], config_name: str, runner: Runner) -> None:
+def run_recipe(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and call `task` with it.
 
-    `runner` is `nemo.core.config.hydra_runner`, or `hydra_main` for recipes that should start at once.
-    A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2.
+    A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2. Options are read
+    with Hydra itself: NeMo's `hydra_runner` accepts the same command line, but importing it takes ten seconds, which
+    nobody should wait to be told of a typing error.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
+
+    # NeMo's telemetry client says at length, on import, that it is switched off
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> None:
@@ -37,19 +41,17 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, runner: Run
             _fail(str(error))
 
     try:
-        runner(config_path=CONF, config_name=config_name)(guarded)()
+        _hydra_main(config_name)(guarded)()
     except OptionError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
 
 
-def hydra_main(config_path: str, config_name: str) -> Callable:
-    """`hydra.main` with the output folders switched off, as `hydra_runner` does, without importing NeMo."""
-    import hydra
-
+def _hydra_main(config_name: str) -> Callable:
+    """`hydra.main` on conf/ with its output folders switched off, as NeMo's `hydra_runner` does."""
     sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=stdout"]
-    return hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)
+    return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
 
 
 def _fail(message: str) -> None:
@@ -66,6 +68,10 @@ def _explain(error: Exception) -> str:
     cause = " ".join(str(error.__cause__).split()) if error.__cause__ else ""
     full_key = re.search(r"full_key: (\S+)", text + " " + cause)
     overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("-", "hydra"))]
+    group = re.search(r"Could not find '([\w/]+)/(\w+)'", text)
+    if group:
+        name, value = group.groups()
+        return f"{name}={value}: there is no conf/{name}/{value}.yaml; choose one of the files there"
     named = re.search(r"[Cc]ould not override '([^']+)'", text)
     name = named.group(1) if named else full_key.group(1) if full_key else ""
     typed = next((a for a in overrides if name and a.lstrip("+~").split("=")[0] == name), name or "configuration")
@@ -73,7 +79,7 @@ def _explain(error: Exception) -> str:
         typed += "=?"
     if "is not in struct" in text + cause or "not in '" in text + cause:
         return f"{typed}: no such option; see conf/ or nemo_vopd/config.py for the names"
-    if "Could not find" in text or "Cannot find" in text:
-        return f"{typed}: {text.split('Available options')[0].strip()}; pick a file of conf/"
+    if "Cannot find primary config" in text:
+        return f"--config-name: {text.split('.')[0]}; choose a file of conf/"
     reason = (cause or text).split(" full_key:")[0]
     return f"{typed}: {reason}; see nemo_vopd/config.py for the type of each option"

@@ -39,7 +39,7 @@ class VisionOPDModel(ModelPT):
     def __init__(self, config: Config, groups: ProcessGroupCollection, trainer: Trainer | None = None) -> None:
         """Build everything from `config`; weights come from `config.model.hf_path`."""
         # ModelPT refuses a top-level key named model, so the run's configuration sits one level down
-        super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)
+        super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)  # type: ignore[arg-type]
         self.automatic_optimization = False
         self.config, self.groups = config, groups
         self.processor = Processor.from_pretrained(config.model.hf_path)
@@ -84,7 +84,7 @@ class VisionOPDModel(ModelPT):
             if updated:
                 self.teacher.update()
                 self.engine.sync_weights()
-            self.optimizers().step()  # Lightning counts the step
+            self.optimizers().step()  # type: ignore[union-attr]  # Lightning counts the step
 
         counts = {
             "num_responses": len(rollouts),

@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from nemo_vopd.cli import hydra_main, run_recipe
+from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config, from_hydra
 
 
@@ -58,4 +58,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "evaluate", hydra_main)
+    run_recipe(main, "evaluate")

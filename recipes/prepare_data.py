@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_vopd.cli import hydra_main, run_recipe
+from nemo_vopd.cli import run_recipe
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.views import MAX_IMAGE_PIXELS
 from nemo_vopd.errors import OptionError
@@ -54,4 +54,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "prepare_data", hydra_main)
+    run_recipe(main, "prepare_data")

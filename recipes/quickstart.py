@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import resource
 import shutil
 import time
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from nemo.core.config import hydra_runner
-from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
@@ -72,6 +69,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_vopd.mcore import parallel  # Megatron takes seconds to import: mistakes are told first
     from nemo_vopd.runtime import quickstart
 
+    quickstart.quiet()
     groups = parallel.initialize(config.parallel, seed=config.seed)
     with clock("warmup", f"Warming up on answers, mostly with crops: {config.warmup.steps} steps"):
         quickstart.warm_up_base(config, groups, root)
@@ -160,7 +158,4 @@ class Clock:
 
 
 if __name__ == "__main__":
-    nemo_logging.setLevel(nemo_logging.ERROR)  # the phases tell what happens
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    run_recipe(main, "quickstart", hydra_runner)
+    run_recipe(main, "quickstart")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
@@ -27,4 +26,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "tiny", hydra_runner)
+    run_recipe(main, "tiny")

@@ -43,7 +43,7 @@ def activate() -> None:
     _active = True
     # `with torch.device(...)` (transformers' meta-device loading) recognises factories by identity, in a list it
     # makes on first use: make it now, of the originals, which the replacements below call
-    torch.utils._device._device_constructors()
+    torch.utils._device._device_constructors()  # type: ignore[attr-defined]
     _patch_torch_cuda()
     for name in _FACTORIES:
         setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
@@ -82,7 +82,8 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_tensor() -> None:
-    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
+    plain_type: Callable = torch.Tensor.type
+    plain_to: Callable = torch.Tensor.to
 
     def tensor_type(self, dtype=None, non_blocking=False, **kwargs):
         if dtype is not None:

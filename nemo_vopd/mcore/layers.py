@@ -7,6 +7,8 @@ before the rotary embedding and rotates all of them again at every step, and can
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -162,7 +164,8 @@ def _layer_spec(choice: str, *, qk_layernorm: bool) -> ModuleSpec:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        attention: Any = spec.submodules.self_attention  # type: ignore[union-attr]
+        attention.submodules.core_attention = CoreAttention
         return spec
     qk_norm = RMSNorm if qk_layernorm else IdentityOp
     return ModuleSpec(

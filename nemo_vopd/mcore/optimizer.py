@@ -69,7 +69,7 @@ class Optimizer:
             return False, grad_norm
         if self.options.clip_grad > 0:
             for part in self._parts():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), self.options.clip_grad, grad_norm)
+                clip_grad_by_total_norm_fp32(list(part.get_parameters()), self.options.clip_grad, grad_norm)
         self.megatron.step_with_ready_grads()
         return True, grad_norm
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -32,7 +34,8 @@ class ShardedWeights:
         self._targets: dict[str, Tensor] = {}
         self._buckets: list[tuple[Tensor, Tensor]] = []
         names = {parameter: name for name, parameter in student.module.named_parameters()}
-        for buffer in student.buffers:
+        buffers: Any = student.buffers  # Megatron's flat buffers, not Module.buffers()
+        for buffer in buffers:
             flat = buffer.param_data.clone()
             for parameter, (start, end, _) in buffer.param_index_map.items():
                 target = twin[names[parameter]]

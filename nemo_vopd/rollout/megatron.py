@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ class Decoder:
         self, model: torch.nn.Module, groups: ProcessGroupCollection, pad_token_id: int, max_batch_tokens: int
     ) -> None:
         """See `MegatronEngine`."""
-        self.model, self.groups = model, groups
+        self.model: Any = model
+        self.groups = groups
         self.pad_token_id, self.max_batch_tokens = pad_token_id, max_batch_tokens
         self.device = next(model.parameters()).device
 
@@ -133,9 +135,9 @@ class Decoder:
         pp, config = self.groups.pp, self.model.config
         if pp.rank() > 0:
             shape = (token_ids.size(1), token_ids.size(0), config.hidden_size)
-            received = torch.empty(shape, dtype=config.params_dtype, device=self.device)  # type: ignore[arg-type]
+            received = torch.empty(shape, dtype=config.params_dtype, device=self.device)
             dist.recv(received, group=pp, group_src=pp.rank() - 1)
-            self.model.set_input_tensor(received)  # type: ignore[operator]
+            self.model.set_input_tensor(received)
         hidden = self.model(token_ids, position_ids, pixel_values, grid_thw, cache)
         if pp.rank() < pp.size() - 1:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
@@ -149,7 +151,7 @@ class Decoder:
         tp, mp = self.groups.tp, self.groups.mp
         packed = torch.empty((2, rows), dtype=torch.float64, device=self.device)
         if hidden is not None:
-            logits = hidden @ self.model.output_weight().t()  # type: ignore[operator]
+            logits = hidden @ self.model.output_weight().t()
             if tp.size() > 1:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
                 dist.all_gather(shards, logits, group=tp)
@@ -165,20 +167,20 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _decoding(model: torch.nn.Module):
+def _decoding(model: Any):
     """Switch sequence parallelism off (one token cannot be split) and dropout to evaluation, and back afterwards."""
     training = model.training
     split = [module for module in model.modules() if getattr(module, "sequence_parallel", False)]
     config = model.config
     was_split = config.sequence_parallel
     model.eval()
-    config.sequence_parallel = False  # type: ignore[union-attr]
+    config.sequence_parallel = False
     for module in split:
-        module.sequence_parallel = False  # type: ignore[assignment]
+        module.sequence_parallel = False
     try:
         yield
     finally:
         model.train(training)
-        config.sequence_parallel = was_split  # type: ignore[union-attr]
+        config.sequence_parallel = was_split
         for module in split:
-            module.sequence_parallel = True  # type: ignore[assignment]
+            module.sequence_parallel = True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from nemo.utils import logging as nemo_logging
 from PIL import Image
 
 from nemo_vopd.batch import Rollout, Sample
@@ -30,6 +32,13 @@ from nemo_vopd.vlm import build_vlm
 from nemo_vopd.vlm.hf_weights import save_hf
 
 NUM_EXAMPLES, NUM_TRACES = 9, 4
+
+
+def quiet() -> None:
+    """Leave the console to the phases: libraries report errors only."""
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    for name in ("lightning.pytorch", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _pointed_at(config: Config, hf_path: Path, data_path: Path, **data: object) -> Config:

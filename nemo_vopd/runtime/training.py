@@ -18,10 +18,12 @@ from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
+from nemo_vopd.vlm import check_model
 
 
 def train(config: Config) -> VisionOPDModel:
     """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`."""
+    check_model(config)
     groups = parallel.initialize(config.parallel, seed=config.seed)
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoConfig
 
 from nemo_vopd.config import Config
+from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.vlm.hf_weights import load_hf
-from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, transformer_config
+from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, check_layout, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def check_model(config: Config) -> None:
+    """Raise OptionError when `config.model.hf_path` is no model we know or the layout cannot divide it."""
+    check_layout(_hf_config(config), config.parallel)
+
+
+def _hf_config(config: Config) -> Any:
+    path = Path(config.model.hf_path)
+    if not (path / "config.json").is_file():
+        remedy = "give the directory of a Hugging Face vision-language model"
+        raise OptionError("model.hf_path", path, "has no config.json", remedy)
+    hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    if hf.model_type != "qwen2_5_vl":
+        raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", "give a Qwen2.5-VL model")
+    return hf
+
+
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Qwen2_5_VL:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
-    hf = AutoConfig.from_pretrained(config.model.hf_path, local_files_only=True)
+    hf = _hf_config(config)
     megatron = transformer_config(hf, config.parallel, DTYPES[config.precision.dtype])
     model = Qwen2_5_VL(
         hf,

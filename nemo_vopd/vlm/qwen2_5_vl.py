@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ from nemo_vopd.mcore.layers import KVCache, block_spec
 from nemo_vopd.vlm.hf_weights import Split, WeightRule
 
 
-def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
-    text = hf.text_config
+def check_layout(hf: Qwen2_5_VLConfig, parallel: ParallelConfig) -> None:
+    """Raise OptionError when the layout cannot divide the model."""
+    text: Any = hf.text_config
     for what, size in (("attention heads", text.num_attention_heads), ("key-value heads", text.num_key_value_heads)):
         if size % parallel.tensor:
             fits = [str(k) for k in range(1, size + 1) if size % k == 0]
@@ -41,6 +42,12 @@ def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: to
         fits = [str(k) for k in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % k == 0]
         rule = f"must divide the {text.num_hidden_layers} language layers"
         raise OptionError("parallel.pipeline", parallel.pipeline, rule, _use(fits))
+
+
+def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
+    check_layout(hf, parallel)
+    text: Any = hf.text_config
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -87,36 +94,37 @@ class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:  # type: ignore[override]
         """Merged features [N / merge^2, out_hidden] of patches `pixel_values` [N, D], in the order of the images."""
-        geometry = _geometry(
-            tuple(map(tuple, grid_thw.tolist())), self.spatial_merge_size, self.window_size, self.patch_size
-        ).to(pixel_values.device)
+        grids = tuple(map(tuple, grid_thw.tolist()))
+        sizes: Any = (self.spatial_merge_size, self.window_size, self.patch_size)
+        geometry = _geometry(grids, *sizes).to(pixel_values.device)
         # the patch convolution does not overlap, so it is one matrix product, which is several times faster
         projection = self.patch_embed.proj.weight
         x = F.linear(pixel_values.to(projection.dtype), projection.flatten(1))
         merge = self.spatial_merge_unit
         x = x.view(-1, merge, x.size(-1))[geometry.window_index].flatten(0, 1)
         cos, sin = self.rotary_pos_emb(x, geometry.position_ids)
-        for i, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
             segments = geometry.full if i in self.fullatt_block_indexes else geometry.windows
             x = x + self._attention(block.attn, block.norm1(x), cos, sin, segments)
             x = x + block.mlp(block.norm2(x))
         return self.merger(x)[geometry.inverse_index]
 
     @staticmethod
-    def _attention(attn: torch.nn.Module, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Tensor]) -> Tensor:
+    def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Tensor]) -> Tensor:
         """Attention of x [N, hidden] within each row of each index tensor [m, L] in `segments`."""
         q, k, v = attn.qkv(x).view(x.size(0), 3, attn.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
         if len(segments) == 1:  # one length: windows lie one after the other
             m, length = segments[0].shape
-            batch = [t.view(m, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
-            out = F.scaled_dot_product_attention(*batch, scale=attn.scaling).transpose(1, 2).flatten(0, 1)
+            q, k, v = (t.view(m, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, scale=attn.scaling).transpose(1, 2).flatten(0, 1)
         else:
             out = torch.empty_like(q)
             for index in segments:
-                batch = [t[index].transpose(1, 2) for t in (q, k, v)]
-                part = F.scaled_dot_product_attention(*batch, scale=attn.scaling).transpose(1, 2)
-                out = out.index_copy(0, index.flatten(), part.flatten(0, 1))
+                part_q, part_k, part_v = (t[index].transpose(1, 2) for t in (q, k, v))
+                part = F.scaled_dot_product_attention(part_q, part_k, part_v, scale=attn.scaling)
+                out = out.index_copy(0, index.flatten(), part.transpose(1, 2).flatten(0, 1))
         return attn.proj(out.flatten(1))
 
 
@@ -130,8 +138,8 @@ class _Geometry:
     def to(self, device: torch.device) -> _Geometry:
         if self.window_index.device == device:
             return self
-        parts = [self.window_index.to(device), self.position_ids.to(device)]
-        return _Geometry(*parts, [t.to(device) for t in self.windows], [t.to(device) for t in self.full])
+        windows, full = ([t.to(device) for t in segments] for segments in (self.windows, self.full))
+        return _Geometry(self.window_index.to(device), self.position_ids.to(device), windows, full)
 
 
 @functools.lru_cache(maxsize=64)
@@ -180,17 +188,19 @@ class Qwen2_5_VL(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.image_token_id = hf.image_token_id
         self.share_embeddings_and_output_weights = hf.tie_word_embeddings
-        self.vision = VisionTower(hf.vision_config).to(config.params_dtype) if pre_process else None
+        text: Any = hf.text_config
+        tower: Any = VisionTower(hf.vision_config) if pre_process else None  # type: ignore[arg-type]
+        self.vision = tower.to(config.params_dtype) if pre_process else None
         self.language = LanguageModel(
             config,
             block_spec(config, layer_spec, pp_rank=groups.pp.rank()),  # type: ignore[arg-type]
-            vocab_size=hf.text_config.vocab_size,
-            max_sequence_length=hf.text_config.max_position_embeddings,
+            vocab_size=text.vocab_size,
+            max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             position_embedding_type="mrope",
-            rotary_base=int(hf.text_config.rope_parameters["rope_theta"]),
+            rotary_base=int(text.rope_parameters["rope_theta"]),
             scatter_embedding_sequence_parallel=False,  # image features are put in first
             pg_collection=groups,
         )

@@ -1,0 +1,149 @@
+"""The command lines: what users type, what they get, and how their mistakes end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = [sys.executable, "-W", "ignore"]
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory):
+    """`train_vopd.py --config-name tiny`, alone, with its rollouts dumped; run from another folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    dump = folder / "rollouts.jsonl"
+    arguments = [f"rollout.dump_path={dump}", f"exp_manager.exp_dir={folder / 'run'}", "trainer.max_steps=3"]
+    done = run(
+        *PYTHON,
+        str(ROOT / "recipes/train_vopd.py"),
+        "--config-name",
+        "tiny",
+        *arguments,
+        cwd=folder,
+        NEMO_VOPD_TINY=str(assets),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "num_response_tokens",
+    "num_dropped_samples",
+    "teacher_topk_mass",
+    "student_topk_mass",
+    "importance_weight_mean",
+    "entropy",
+    "seconds_rollout",
+    "seconds_teacher",
+    "seconds_student",
+    "seconds_optimizer",
+    "tokens_per_second",
+}
+
+
+def test_a_run_writes_metrics_and_tensorboard_and_says_what_serves_it(trained):
+    folder, done = trained
+    metrics = read_lines(folder / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert all(set(line) >= KEYS for line in metrics)
+    # the same engine and weights: rollout and trainer agree, so the weights are one
+    assert all(abs(line["importance_weight_mean"] - 1) < 1e-5 and 0 < line["loss"] < 0.7 for line in metrics)
+    assert [line["lr"] for line in metrics] == pytest.approx([2e-7, 4e-7, 6e-7])
+    assert list((folder / "run").glob("events.out.tfevents*"))
+    assert "attention: torch scaled_dot_product_attention" in done.stdout and "megatron-core 0.16" in done.stdout
+    assert "mean_response_length=" in done.stdout and "tokens_per_second=" in done.stdout
+
+
+def test_torchrun_with_tensor_parallelism_replays_to_the_same_numbers(trained, assets):
+    folder, _ = trained
+    done = run(
+        *PYTHON,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "recipes/train_vopd.py",
+        "--config-name",
+        "tiny",
+        "parallel.tensor=2",
+        "rollout=replay",
+        f"rollout.path={folder / 'rollouts.jsonl'}",
+        f"exp_manager.exp_dir={folder / 'tp2'}",
+        "trainer.max_steps=3",
+        NEMO_VOPD_TINY=str(assets),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, split = read_lines(folder / "run" / "metrics.jsonl"), read_lines(folder / "tp2" / "metrics.jsonl")
+    for one, two in zip(alone, split, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["num_response_tokens"] == one["num_response_tokens"]
+
+
+MISTAKES = {
+    "unknown key": (["rollout.nn=3"], "rollout.nn=3: no such option"),
+    "wrong type": (["rollout.n=many"], "rollout.n=many"),
+    "negative n": (["rollout.n=-1"], "rollout.n=-1: must be at least 1; set rollout.n=1 or more"),
+    "no data": (["data.path=/nowhere/data"], "data.path=/nowhere/data"),
+    "no model": (["model.hf_path=/nowhere/model"], "model.hf_path=/nowhere/model"),
+    "support too large": (["distill.top_k=1000"], "distill.top_k=1000: must not exceed the vocabulary size, 128"),
+    "heads": (["parallel.tensor=3"], "parallel.tensor=3: must divide the 4 attention heads; use 1 or 2 or 4"),
+    "world": (["parallel.tensor=2"], "must divide the number of processes, 1"),
+    "unknown group": (["rollout=telepathy"], "rollout=telepathy: there is no conf/rollout/telepathy.yaml"),
+    "no rollouts": (
+        ["rollout=replay", "rollout.path=/nowhere/r.jsonl"],
+        "rollout.path=/nowhere/r.jsonl: is not a file",
+    ),
+    "batch": (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
+}
+
+
+def test_mistakes_end_with_one_line_and_code_2(assets, tmp_path):
+    def attempt(name):
+        arguments = [f"exp_manager.exp_dir={tmp_path / name.replace(' ', '_')}", *MISTAKES[name][0]]
+        command = [*PYTHON, "recipes/train_vopd.py", "--config-name", "tiny", *arguments]
+        return name, run(*command, NEMO_VOPD_TINY=str(assets))
+
+    with ThreadPoolExecutor(2) as pool:
+        for name, done in pool.map(attempt, MISTAKES):
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            assert done.returncode == 2, f"{name}: code {done.returncode}\n{done.stderr[-2000:]}"
+            assert len(errors) == 1 and MISTAKES[name][1] in errors[0] and "; " in errors[0], f"{name}: {errors}"
+            assert "Traceback" not in done.stderr, name
+
+
+def test_evaluate_prints_the_gap(assets, tmp_path):
+    output = tmp_path / "gap.json"
+    done = run(
+        *PYTHON,
+        "recipes/evaluate.py",
+        f"model.hf_path={assets}/tiny-vlm",
+        f"data.path={assets}/tiny-digits",
+        "data.full.max_pixels=12544",
+        "data.crop_pixels.max_pixels=3136",
+        "precision.dtype=fp32",
+        "rollout.max_response_length=4",
+        "limit=8",
+        f"output={output}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "crop_accuracy" in done.stdout and '"num_samples": 8' in output.read_text()
