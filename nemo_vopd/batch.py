@@ -3,8 +3,8 @@
 Shape law. A microbatch holds b sequences `prompt ++ response`, padded on the right to s. Its T response
 tokens (of all b sequences, concatenated in order) are predicted by T *response rows* of the final hidden
 states [s, b, H]: response token j of sequence i is predicted at position prompt_length[i] - 1 + j
-(ALGORITHM: alignment by response position). The student and the teacher microbatch of one index hold the
-same responses in the same order, so row t of one belongs to row t of the other.
+(docs/algorithm.md section 4). The student and the teacher microbatch of one index hold the same responses
+in the same order, so row t of one belongs to row t of the other.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def collate(rollouts: list[Rollout], views: list[View], pad_token_id: int, pad_m
 def split_by_token_budget(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Group rollouts so that neither view of a group exceeds `max_tokens` padded tokens.
 
-    Both views count (ALGORITHM section 5): the wider of the two decides. Sorting by length keeps padding
+    Both views count (docs/algorithm.md section 5): the wider of the two decides. Sorting by length keeps padding
     small; every rollout appears once, and one longer than the budget gets a group of its own.
     """
 

@@ -1,6 +1,6 @@
 """Every option of a run as dataclasses: Hydra fills them, unknown keys and wrong types fail at the start.
 
-The defaults are the published run (ALGORITHM section 2). `validate` checks what spans several fields, changing none.
+The defaults are the published run (docs/algorithm.md section 2). `validate` checks values and never changes one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DataConfig:
     crop_pixels: PixelConfig = field(default_factory=PixelConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     draw_box: bool = False
-    """Draw the evidence box on the student's full image (a data option, ALGORITHM section 4)."""
+    """Draw the evidence box on the student's full image (a data option, docs/algorithm.md section 4)."""
     question_hint: str = ""
     """Text appended to the question in both views, verbatim."""
     shuffle_buffer_size: int = 1000

@@ -18,8 +18,7 @@ from nemo_vopd.data.assets import ensure_tiny_assets
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train."""
     config = from_hydra(cfg)
-    if Path(config.model.hf_path).name == "tiny-vlm" and Path(config.data.path).name == "tiny-digits":
-        ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
+    ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.runtime.training import train  # Megatron takes seconds to import: mistakes are told first
 
     train(config)

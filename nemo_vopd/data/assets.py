@@ -10,24 +10,26 @@ from nemo_vopd.data.synthetic import write_digits
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.errors import OptionError
 
+TINY_MODEL, TINY_DATA = "tiny-vlm", "tiny-digits"
+"""Last part of the paths in conf/model/tiny.yaml and conf/data/tiny.yaml; other paths are the user's own."""
 NUM_SAMPLES = 256
 _SEED = 1
 
 
 def ensure_tiny_assets(hf_path: Path, data_path: Path) -> None:
-    """Make the tiny model and the tiny data set where they are missing.
+    """Make the tiny model and the tiny data set where they are missing and the paths bear the tiny run's names.
 
     Deterministic, and safe for concurrent processes: each writes under a temporary name, the first rename wins and
     the others use its result. What exists is left as it is. Raises OptionError when a place cannot be written.
     """
     hf_path, data_path = Path(hf_path), Path(data_path)
-    if not hf_path.exists():
+    if hf_path.name == TINY_MODEL and not hf_path.exists():
         try:
             write_tiny_model(hf_path, seed=_SEED)
         except OptionError:
             if not hf_path.exists():
                 raise
-    if not data_path.exists():
+    if data_path.name == TINY_DATA and not data_path.exists():
         _write_data(data_path)
 
 

@@ -14,6 +14,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
 
 from nemo_vopd.data.files import whole_directory
 from nemo_vopd.data.synthetic import COLOURS
@@ -83,6 +84,7 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
     model.generation_config = GenerationConfig(
         eos_token_id=[_id("<|im_end|>"), _id("<|endoftext|>")], pad_token_id=_id("<|endoftext|>")
     )
+    disable_progress_bar()  # for one small file
     try:
         with whole_directory(output, option="output") as temporary:
             model.save_pretrained(temporary)

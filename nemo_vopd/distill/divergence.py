@@ -1,4 +1,4 @@
-"""The token-level divergence between student and teacher, written for clarity (ALGORITHM section 3).
+"""The token-level divergence between student and teacher, written for clarity (docs/algorithm.md section 3).
 
 This is the definition that `fused.fused_linear_jsd` must equal without ever holding [T, V].
 """

@@ -1,4 +1,4 @@
-"""The divergence from hidden states: vocabulary-parallel, in chunks of tokens, gradients included (ALGORITHM 7).
+"""The divergence from hidden states: vocabulary-parallel, in chunks of tokens, gradients included.
 
 Equal to `divergence.generalized_jsd` of the two heads' logits, but no [T, V] tensor outlives a chunk, in forward or
 backward: each chunk's logits are projected, turned into the gradient in place, multiplied back and freed.

@@ -1,4 +1,4 @@
-"""Truncated importance weights between the rollout engine and the trainer (ALGORITHM section 3, step 5)."""
+"""Truncated importance weights between the rollout engine and the trainer (docs/algorithm.md section 3, step 5)."""
 
 from __future__ import annotations
 

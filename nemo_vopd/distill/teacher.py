@@ -1,8 +1,8 @@
 """The teacher's weights: an average of the student's, in float32, on the shards the optimizer updates.
 
-In bf16 an average at rate 0.05 and learning rate 2e-6 would lose 94% of the movement (ALGORITHM section 5), so the
-average lives in float32 next to the optimizer's main weights and is cast for the forward pass. Memory: 4 bytes for
-each parameter, divided by the data-parallel size, plus one copy of the weights in the model's dtype.
+In bf16 an average at rate 0.05 and learning rate 2e-6 would lose 94% of the movement (docs/algorithm.md section 5),
+so the average lives in float32 next to the optimizer's main weights and is cast for the forward pass. Memory: 4 bytes
+for each parameter, divided by the data-parallel size, plus one copy of the weights in the model's dtype.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _equal_segments(lengths: Tensor) -> list[Tensor]:
 class LanguageModel(GPTModel):
     """Megatron's GPT without the head: every stage returns hidden states [s, b, H].
 
-    The loss applies the head to response rows only (ALGORITHM section 7).
+    The loss applies the head to response rows only (docs/algorithm.md section 7).
     """
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:  # type: ignore[override]

@@ -195,7 +195,7 @@ def test_wrong_options(data_config, processor, tmp_path):
 
 
 def test_tiny_assets_are_made_once_by_concurrent_processes(tmp_path, data_config):
-    places = (tmp_path / "a" / "model", tmp_path / "a" / "data")
+    places = (tmp_path / "a" / "tiny-vlm", tmp_path / "a" / "tiny-digits")
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=ensure_tiny_assets, args=places) for _ in range(3)]
     for process in processes:
@@ -203,7 +203,9 @@ def test_tiny_assets_are_made_once_by_concurrent_processes(tmp_path, data_config
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["data", "model"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["tiny-digits", "tiny-vlm"]
+    ensure_tiny_assets(tmp_path / "b" / "own-model", tmp_path / "b" / "own-data")
+    assert not (tmp_path / "b").exists(), "a user's path is never filled in"
     before = (places[0] / "model.safetensors").stat().st_mtime_ns
     ensure_tiny_assets(*places)
     assert (places[0] / "model.safetensors").stat().st_mtime_ns == before

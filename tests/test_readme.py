@@ -1,0 +1,60 @@
+"""The commands of the README, as written, on small data: only paths, process counts and run length are replaced."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from nemo_vopd.data.synthetic import write_digits
+from tests.test_recipes import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+SMALL = {
+    "--config-name train": ["trainer.max_steps=2", "data.batch_size=2", "rollout.n=2", "rollout.max_response_length=4"],
+    "--config-name tiny": ["trainer.max_steps=2"],
+    "recipes/evaluate.py": ["limit=4", "rollout.max_response_length=4"],
+}
+
+
+def local(command: str, folder: Path, model: Path) -> list[str]:
+    """The arguments of a README command with its placeholders replaced."""
+    command = command.replace("my/", f"{folder}/").replace("Qwen2.5-VL-7B-Instruct", str(model))
+    command = command.replace("runs/", f"{folder}/runs/").replace("output=gap", f"output={folder}/gap")
+    # a tiny model has two key-value heads, and this machine two cores
+    command = command.replace("--nproc-per-node 8", "--nproc-per-node 2").replace(
+        "parallel.tensor=4", "parallel.tensor=2"
+    )
+    program, *arguments = shlex.split(command)
+    interpreter = [sys.executable, "-W", "ignore"]
+    prefix = [*interpreter, "-m", "torch.distributed.run", "--standalone"] if program == "torchrun" else interpreter
+    extra = [item for key, items in SMALL.items() if key in command for item in items]
+    if "train_vopd" in command:
+        extra.append(f"exp_manager.exp_dir={folder}/run")
+    return [*prefix, *arguments, *extra]
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
+    assert targets == ["quickstart", "test"]
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_commands_run_in_order(assets, tmp_path):
+    write_digits(tmp_path / "digits", num_samples=24, seed=2)
+    (tmp_path / "digits").rename(tmp_path / "my")
+    commands = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
+    assert len(commands) == 5
+    for command in commands:
+        done = run(*local(command, tmp_path / "my", assets / "tiny-vlm"), NEMO_VOPD_TINY=str(assets))
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "my" / "gap.json").exists()
+
+
+def test_links_point_at_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
