@@ -102,9 +102,15 @@ class TeacherConfig:
     """Which weights score the crop view."""
 
     kind: str = "ema"
-    """ema | fixed | current"""
+    """ema | fixed | current | periodic | trust_region (docs/algorithm.md section 6)"""
     rate: float = 0.05
-    """EMA update rate a step: teacher += rate * (student - teacher)."""
+    """ema: update rate a step: teacher += rate * (student - teacher)."""
+    every: int = 10
+    """periodic: the teacher becomes a copy of the student every so many steps."""
+    mix: float = 0.1
+    """trust_region: share of the student's logits in the teacher's."""
+    offload: bool = False
+    """Keep the teacher's hidden states in host memory between the two passes."""
 
 
 @dataclass
@@ -129,8 +135,8 @@ class DistillConfig:
     """crop | full | full_and_crop | boxed"""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    chunk_tokens: int = 1024
-    """Response tokens whose logits exist at one time."""
+    chunk_tokens: int | None = None
+    """Response tokens whose logits exist at one time; null takes what fits 128 MiB of float32 logits on a rank."""
 
 
 @dataclass
@@ -245,7 +251,7 @@ def validate(config: Config) -> None:
     _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
     _one_of("rollout.engine", rollout.engine, ("megatron", "replay"))
     _one_of("distill.teacher_view", distill.teacher_view, ("crop", "full", "full_and_crop", "boxed"))
-    _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current"))
+    _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
     _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
     _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
     _at_least(
@@ -261,7 +267,8 @@ def validate(config: Config) -> None:
         rollout__n=rollout.n,
         rollout__max_response_length=rollout.max_response_length,
         rollout__max_batch_tokens=rollout.max_batch_tokens,
-        distill__chunk_tokens=distill.chunk_tokens,
+        distill__chunk_tokens=distill.chunk_tokens or 1,
+        distill__teacher__every=distill.teacher.every,
         trainer__max_steps=config.trainer.max_steps,
         trainer__max_tokens_per_microbatch=config.trainer.max_tokens_per_microbatch,
         trainer__log_every_n_steps=config.trainer.log_every_n_steps,
@@ -291,8 +298,8 @@ def validate(config: Config) -> None:
     _require(0 <= distill.alpha <= 1, "distill.alpha", distill.alpha, "must lie in [0, 1]", "set it to 0.5")
     if distill.top_k is not None:
         _at_least(1, distill__top_k=distill.top_k)
-    rate = distill.teacher.rate
-    _require(0 <= rate <= 1, "distill.teacher.rate", rate, "must lie in [0, 1]", "set it to 0.05")
+    for name, value in (("rate", distill.teacher.rate), ("mix", distill.teacher.mix)):
+        _require(0 <= value <= 1, f"distill.teacher.{name}", value, "must lie in [0, 1]", "set it to 0.05")
     if distill.importance.max_weight is not None:
         weight = distill.importance.max_weight
         _require(weight > 0, "distill.importance.max_weight", weight, "must be positive or null", "set it to 2.0")

@@ -70,7 +70,9 @@ class VisionOPDModel(ModelPT):
 
         # 2. The teacher reads the same responses beside the crop; only hidden states of response rows are kept.
         with self.timers("teacher"):
-            teacher_hidden = teacher_pass(self.teacher_model, teachers, self.groups)
+            teacher_hidden = teacher_pass(
+                self.teacher_model, teachers, self.groups, self.config.distill.teacher.offload
+            )
 
         # 3. The student reads them beside the full image; the loss pulls it to the teacher, token by token.
         with self.timers("student"):
@@ -82,7 +84,7 @@ class VisionOPDModel(ModelPT):
             lr = learning_rate(step, self.config.optimizer, self.config.trainer.max_steps)
             updated, grad_norm = self.student_optimizer.step(lr)
             if updated:
-                self.teacher.update()
+                self.teacher.update(step)
                 self.engine.sync_weights()
             self.optimizers().step()  # type: ignore[union-attr]  # Lightning counts the step
 
@@ -98,11 +100,11 @@ class VisionOPDModel(ModelPT):
         distill, model = self.config.distill, self.student.module
 
         def loss(hidden: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-            batch = students[index]
+            batch, weight = students[index], model.output_weight()  # type: ignore[operator]
             loss_sum, stats = fused_linear_jsd(
                 hidden,
-                model.output_weight(),  # type: ignore[operator]
-                teacher_hidden[index],
+                weight,
+                teacher_hidden[index].to(hidden.device),
                 self.teacher_model.output_weight(),  # type: ignore[operator]
                 torch.ones_like(batch.rollout_log_probs),
                 alpha=distill.alpha,
@@ -114,6 +116,8 @@ class VisionOPDModel(ModelPT):
                 tokens=batch.response_tokens,
                 rollout_log_probs=batch.rollout_log_probs,
                 max_importance_weight=distill.importance.max_weight,
+                teacher_mix=distill.teacher.mix if distill.teacher.kind == "trust_region" else 0.0,
+                weight_grad_into=weight.main_grad,
             )
             num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
             sums = torch.cat([torch.stack([loss_sum.detach().float(), num_tokens.float()]), stats.sums()])
@@ -190,11 +194,11 @@ class VisionOPDModel(ModelPT):
         """The module that scores the crop view and the rule by which its weights follow."""
         options = self.config.distill.teacher
         if options.kind == "current":  # the live weights, read without gradient: no second copy
-            return model, Teacher("current", 0.0, {}, lambda shards: None)
+            return model, Teacher(options, {}, lambda shards: None)
         teacher_model = build_vlm(self.config, self.groups).eval()
         weights = ShardedWeights(teacher_model, self.student, self.student_optimizer, self.groups)
         main = {name: shard for name, (shard, _) in weights.main.items()}
-        return teacher_model, Teacher(options.kind, options.rate, main, weights.publish)
+        return teacher_model, Teacher(options, main, weights.publish)
 
     def _build_engine(self, model: torch.nn.Module) -> RolloutEngine:
         rollout = self.config.rollout

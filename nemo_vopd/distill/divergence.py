@@ -44,10 +44,24 @@ def generalized_jsd(
     teacher = torch.log_softmax(teacher_logits.detach().to(dtype), dim=-1)
     if top_k is not None:
         # the choice of the support is a constant: gradient flows through the values only
-        support = student_logits.detach().topk(top_k, dim=-1).indices
+        support = top_k_support(student_logits.detach(), top_k)[1]
         student, teacher = close_support(student.gather(-1, support), add_tail), teacher.gather(-1, support)
         teacher = close_support(teacher, add_tail)
     return jsd_of_log_probs(student, teacher, alpha)
+
+
+def top_k_support(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices [T, k] of the largest logits [T, V]; of equal ones those with the lowest indices.
+
+    torch.topk leaves the choice among equal values open, which would make the loss depend on how the vocabulary is
+    split. Rows in which the k-th value occurs beyond the k are rare and are sorted again.
+    """
+    values, indices = logits.topk(k, dim=-1)
+    crowded = ((logits >= values[:, -1:]).sum(-1) > k).nonzero().squeeze(-1)
+    if crowded.numel():
+        ordered = logits[crowded].sort(dim=-1, descending=True, stable=True)
+        values[crowded], indices[crowded] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, indices
 
 
 def close_support(log_probs: Tensor, add_tail: bool) -> Tensor:

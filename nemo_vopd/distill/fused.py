@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs
+from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
+
+CHUNK_BYTES = 128 * 2**20
+"""Float32 logits of one chunk on one rank; a chunk holds up to four tensors of this size."""
 
 
 @dataclass
@@ -52,11 +55,13 @@ def fused_linear_jsd(
     top_k: int | None,
     add_tail: bool,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     tokens: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     max_importance_weight: float | None = None,
+    teacher_mix: float = 0.0,
+    weight_grad_into: Tensor | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of token_weights * importance * D(student, teacher).
 
@@ -70,11 +75,16 @@ def fused_linear_jsd(
         top_k: size of the student's support, None for the full vocabulary.
         add_tail: append the remaining mass as one class.
         temperature: logits are divided by it before anything else (the rollout's temperature).
-        chunk_tokens: rows whose logits exist at one time.
+        chunk_tokens: rows whose logits exist at one time; None takes what fits `CHUNK_BYTES` of logits.
         tp_group: the group the vocabulary is split over; None means one process and the whole vocabulary.
         tokens: [T] int64, the sampled tokens, for log-probs and importance weights.
         rollout_log_probs: [T], the engine's log p of `tokens`.
         max_importance_weight: truncation of the importance weight; None turns it off.
+        teacher_mix: the teacher's logits become (1 - teacher_mix) * teacher + teacher_mix * student, without
+            gradient (the trust-region teacher, docs/algorithm.md section 6).
+        weight_grad_into: [V / tp, H] buffer that the gradient of `student_weight` is added to, chunk by chunk
+            (Megatron's `main_grad`); autograd then gets none, and no tensor of the size of the head is made. The
+            result must be backpropagated with gradient 1, as Megatron's schedules do.
 
     Returns:
         (loss_sum, stats): a scalar in float32 (float64 for float64 input), differentiable, and `TokenStats`.
@@ -85,6 +95,8 @@ def fused_linear_jsd(
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocabulary}")
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // (4 * student_weight.size(0)))
     stats = TokenStats(*(token_weights.new_zeros(len(token_weights), dtype=dtype) for _ in fields(TokenStats)))
     loss_sum = _FusedLinearJSD.apply(
         student_hidden,
@@ -92,10 +104,13 @@ def fused_linear_jsd(
         teacher_hidden.detach(),
         teacher_weight.detach(),
         token_weights,
-        _Options(alpha, top_k, add_tail, temperature, chunk_tokens, max_importance_weight, _Vocabulary(tp_group)),
+        _Options(
+            alpha, top_k, add_tail, temperature, chunk_tokens, max_importance_weight, teacher_mix, _Vocabulary(tp_group)
+        ),
         tokens,
         rollout_log_probs,
         stats,
+        weight_grad_into,
     )
     return loss_sum, stats  # type: ignore[return-value]
 
@@ -108,6 +123,7 @@ class _Options:
     temperature: float
     chunk_tokens: int
     max_importance_weight: float | None
+    teacher_mix: float
     vocabulary: _Vocabulary
 
 
@@ -134,16 +150,18 @@ class _Vocabulary:
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and global indices [c, k] of the largest logits, from each rank's own largest."""
         width = logits.size(-1)
-        values, indices = logits.topk(min(k, width), dim=-1)
+        values, indices = top_k_support(logits, min(k, width))
         if self.group is None:
             return values, indices
-        indices += self.rank * width
+        # within a rank by index, so that equal values keep the order of the whole vocabulary
+        indices, by_index = indices.sort(dim=-1)
+        values, indices = values.gather(-1, by_index), indices + self.rank * width
         all_values = [torch.empty_like(values) for _ in range(self.group.size())]
         all_indices = [torch.empty_like(indices) for _ in range(self.group.size())]
         dist.all_gather(all_values, values, group=self.group)
         dist.all_gather(all_indices, indices, group=self.group)
-        best, place = torch.cat(all_values, dim=-1).topk(k, dim=-1)
-        return best, torch.cat(all_indices, dim=-1).gather(-1, place)
+        best, place = torch.cat(all_values, dim=-1).sort(dim=-1, descending=True, stable=True)
+        return best[:, :k], torch.cat(all_indices, dim=-1).gather(-1, place[:, :k])
 
     def local(self, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Global indices to (indices into this rank's shard, whether they lie in it)."""
@@ -166,16 +184,22 @@ class _Vocabulary:
 
 class _FusedLinearJSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, token_weights, options, tokens, rollout, stats):
+    def forward(
+        ctx, hidden, weight, teacher_hidden, teacher_weight, token_weights, options, tokens, rollout, stats, grad_into
+    ):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=dtype, device=hidden.device)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
+        grad_weight = grad_into if want_weight else None
+        if want_weight and grad_into is None:
+            grad_weight = torch.zeros_like(weight, dtype=dtype)
         for start in range(0, hidden.size(0), options.chunk_tokens):
             rows = slice(start, start + options.chunk_tokens)
-            logits = (hidden[rows] @ weight.t()).to(dtype).div_(options.temperature)
-            teacher_logits = (teacher_hidden[rows] @ teacher_weight.t()).to(dtype).div_(options.temperature)
+            logits = _logits(hidden[rows], weight, dtype, options.temperature)
+            teacher_logits = _logits(teacher_hidden[rows], teacher_weight, dtype, options.temperature)
+            if options.teacher_mix:
+                teacher_logits.lerp_(logits, options.teacher_mix)
             chunk_stats = TokenStats(*(getattr(stats, field.name)[rows] for field in fields(stats)))
             loss, gradient = _chunk(
                 logits,
@@ -190,25 +214,38 @@ class _FusedLinearJSD(torch.autograd.Function):
             loss_sum += loss
             if gradient is None:
                 continue
-            gradient = gradient.div_(options.temperature).to(weight.dtype)
+            if options.temperature != 1:
+                gradient.div_(options.temperature)
+            gradient = gradient.to(weight.dtype)
+            del logits, teacher_logits
             if grad_hidden is not None:
                 # each rank knows its rows of the head only: the gradient of the hidden state is a sum over ranks
                 grad_hidden[rows] = options.vocabulary.sum((gradient @ weight).to(dtype)).to(hidden.dtype)
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == gradient.dtype:
+                grad_weight.addmm_(gradient.t(), hidden[rows])
+            elif grad_weight is not None:
                 grad_weight += gradient.t() @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, None if grad_weight is grad_into else grad_weight)
+        ctx.weight_dtype, ctx.unit_gradient = weight.dtype, grad_into is not None
         return loss_sum
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
+        if ctx.unit_gradient:
+            torch._assert_async(scale == 1)
+            return (grad_hidden,) + (None,) * 9
         if grad_hidden is not None:
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return (grad_hidden, grad_weight) + (None,) * 7
+        return (grad_hidden, grad_weight) + (None,) * 8
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    logits = (hidden @ weight.t()).to(dtype)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _chunk(
@@ -261,7 +298,7 @@ def _chunk(
     stats.divergence.copy_(divergence)
 
     softmax = (logits - log_z).exp_()
-    stats.entropy.copy_((log_z - vocabulary.sum((softmax * logits).sum(-1, keepdim=True))).squeeze(-1))
+    stats.entropy.copy_(log_z.squeeze(-1) - vocabulary.sum(torch.linalg.vecdot(softmax, logits)))
     if slope is None:
         return loss, None
     total = slope.sum(-1, keepdim=True)

@@ -12,31 +12,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nemo_vopd.config import TeacherConfig
+
 
 class Teacher:
-    """Weights that score the crop view. Kinds: ema, fixed, current."""
+    """Weights that score the crop view. Kinds: ema, fixed, current, periodic, trust_region."""
 
     def __init__(
-        self, kind: str, rate: float, main: dict[str, Tensor], publish: Callable[[dict[str, Tensor]], None]
+        self,
+        options: TeacherConfig,
+        main: dict[str, Tensor],
+        publish: Callable[[dict[str, Tensor]], None],
     ) -> None:
         """Start equal to the student.
 
         Args:
-            kind: `ema` follows at `rate`; `fixed` keeps the initial weights; `current` copies the student each step.
-            rate: update rate in [0, 1]: teacher += rate * (student - teacher).
+            options: `ema` moves by rate * (student - teacher) at each update; `periodic` copies the student at every
+                `every`-th; `fixed` and `trust_region` keep the initial weights (trust_region mixes the student's
+                logits in, in the loss); `current` has no weights of its own.
             main: this rank's float32 shards of the student's main weights, by parameter name; read at every update.
             publish: casts shards into the teacher model's weights and gathers them over data-parallel ranks.
         """
-        self.kind, self.rate, self.main, self._publish = kind, rate, main, publish
+        self.options, self.main, self._publish = options, main, publish
         self.shards = {name: shard.detach().clone() for name, shard in main.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Follow the student once; call after its optimizer step."""
-        if self.kind == "fixed":
+    def update(self, step: int) -> None:
+        """Follow the student after its optimizer step `step` (0-based)."""
+        if self.options.kind == "ema":
+            torch._foreach_lerp_(list(self.shards.values()), list(self.main.values()), self.options.rate)
+        elif self.options.kind == "periodic" and (step + 1) % self.options.every == 0:
+            torch._foreach_copy_(list(self.shards.values()), list(self.main.values()))
+        else:
             return
-        rate = self.rate if self.kind == "ema" else 1.0
-        torch._foreach_lerp_(list(self.shards.values()), list(self.main.values()), rate)
         self._publish(self.shards)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from nemo_vopd.config import OptimizerConfig
 
 def wrap_ddp(model: torch.nn.Module, groups: ProcessGroupCollection) -> DistributedDataParallel:
     """Megatron's data parallelism around one pipeline stage: float32 gradients, optimizer state sharded over ranks."""
+    # no overlap: the head's gradient is added to main_grad by the loss and never passes DDP's autograd hooks
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
     )

@@ -45,11 +45,17 @@ def _communicator(model, groups: ProcessGroupCollection):
 
 
 @torch.no_grad()
-def teacher_pass(model: torch.nn.Module, batches: list[MicroBatch], groups: ProcessGroupCollection) -> list[Tensor]:
-    """Forward only: hidden states [T, H] of the response rows of each microbatch (empty before the last stage)."""
+def teacher_pass(
+    model: torch.nn.Module, batches: list[MicroBatch], groups: ProcessGroupCollection, offload: bool = False
+) -> list[Tensor]:
+    """Forward only: hidden states [T, H] of the response rows of each microbatch (empty before the last stage).
+
+    `offload` moves them to host memory as they appear.
+    """
 
     def keep_response_rows(index: int, batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-        return model.response_hidden(hidden, batch).clone()  # type: ignore[operator]
+        rows = model.response_hidden(hidden, batch)  # type: ignore[operator]
+        return rows.cpu() if offload else rows
 
     return _run(model, batches, keep_response_rows, groups, forward_only=True, collect_non_loss_data=True)
 

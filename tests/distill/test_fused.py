@@ -89,3 +89,39 @@ def test_refuses_a_support_larger_than_the_vocabulary():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
     with pytest.raises(ValueError, match="top_k=51"):
         fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True)
+
+
+def test_gradient_of_the_head_goes_into_a_given_buffer():
+    student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64)
+    options = {"alpha": 0.5, "top_k": 10, "add_tail": True, "chunk_tokens": 4}
+    fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **options)[0].backward()
+    expected, expected_hidden = weight.grad.clone(), student.grad.clone()
+    weight.grad = student.grad = None
+    buffer = torch.ones_like(weight)
+    loss, _ = fused_linear_jsd(
+        student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer
+    )
+    loss.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(buffer - 1, expected, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(student.grad, expected_hidden)
+    loss, _ = fused_linear_jsd(
+        student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer
+    )
+    with pytest.raises(RuntimeError):
+        (2 * loss).backward()
+
+
+def test_trust_region_teacher_is_a_mixture_of_logits():
+    student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64)
+    options = {"alpha": 0.5, "top_k": 10, "add_tail": True}
+    loss, _ = fused_linear_jsd(
+        student, weight, teacher, teacher_weight, token_weights, **options, temperature=1.3, teacher_mix=0.25
+    )
+    logits, teacher_logits = student @ weight.t() / 1.3, teacher @ teacher_weight.t() / 1.3
+    mixed = 0.75 * teacher_logits + 0.25 * logits.detach()
+    expected = (generalized_jsd(logits, mixed, **options) * token_weights).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    (ours,) = torch.autograd.grad(loss, student)
+    (dense,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(ours, dense, atol=1e-9, rtol=1e-9)

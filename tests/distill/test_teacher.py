@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_vopd.config import TeacherConfig
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.optimizer import Optimizer, wrap_ddp
@@ -29,7 +30,7 @@ def follow(config, kind: str):
     published = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert all(torch.equal(published[n], p) for n, p in student.module.named_parameters()), "starts equal"
 
-    teacher = Teacher(kind, RATE, main, weights.publish)
+    teacher = Teacher(TeacherConfig(kind=kind, rate=RATE, every=7), main, weights.publish)
     # closed form: rate * sum_k (1 - rate)^(K - k) * student_k + (1 - rate)^K * student_0, in float64
     expected = {name: shard.double() * (1 - RATE) ** STEPS for name, shard in start.items()}
     generator = torch.Generator().manual_seed(4)  # the same gradients on every data-parallel rank
@@ -39,7 +40,7 @@ def follow(config, kind: str):
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         student.finish_grad_sync()
         assert optimizer.step(2e-6)[0]
-        teacher.update()
+        teacher.update(k - 1)
         for name, shard in main.items():
             expected[name] += RATE * (1 - RATE) ** (STEPS - k) * shard.double()
     moved = {name: (main[name] - start[name]).abs().max().item() for name in main}
@@ -71,3 +72,11 @@ def test_fixed_teacher_stays(assets, tmp_path):
     for shards, _, moved, forward, start in run_distributed(follow, 1, config, "fixed"):
         assert all(torch.equal(shard, start[name]) and moved[name] > 0 for name, (shard, _) in shards.items())
         assert all(torch.equal(forward[name].view(-1), start[name].view(-1)) for name in forward)
+
+
+def test_periodic_teacher_copies(assets, tmp_path):
+    config = tiny_config(assets, tmp_path)
+    ((shards, _, moved, _, start),) = run_distributed(follow, 1, config, "periodic")
+    # 40 updates with a copy at every 7th: the last one was taken at the 35th of 40
+    for name, (shard, _) in shards.items():
+        assert 0 < (shard - start[name]).abs().max() < moved[name]
