@@ -139,13 +139,15 @@ class _Vocabulary:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def log_sum_exp(self, logits: Tensor) -> Tensor:
-        """[c, V / tp] to [c, 1], over the whole vocabulary."""
-        if self.group is None:
-            return torch.logsumexp(logits, dim=-1, keepdim=True)
+    def subtract_max_(self, logits: Tensor) -> Tensor:
+        """Take the largest logit of each row off [c, V / tp], in place.
+
+        What follows is then as exact as log_softmax: a logsumexp of its own would round at the size of the logits.
+        """
         maximum = logits.amax(dim=-1, keepdim=True)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
-        return self.sum((logits - maximum).exp_().sum(-1, keepdim=True)).log() + maximum
+        if self.group is not None:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
+        return logits.sub_(maximum)
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and global indices [c, k] of the largest logits, from each rank's own largest."""
@@ -260,25 +262,31 @@ def _chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum of one chunk of logits [c, V / tp] and its gradient with respect to them; fills `stats` in place."""
     vocabulary = options.vocabulary
-    log_z = vocabulary.log_sum_exp(logits)
-    teacher_log_z = vocabulary.log_sum_exp(teacher_logits)
+    softmax = vocabulary.subtract_max_(logits).exp()
+    total = vocabulary.sum(softmax.sum(-1, keepdim=True))
+    log_z = total.log()
+    softmax.div_(total)
+    stats.entropy.copy_(log_z.squeeze(-1) - vocabulary.sum(torch.linalg.vecdot(softmax, logits)))
     if tokens is not None:
         log_probs = vocabulary.gather(logits, tokens[:, None]) - log_z
         stats.log_probs.copy_(log_probs.squeeze(-1))
     limit = options.max_importance_weight if rollout_log_probs is not None else None
     stats.importance.copy_(importance_weights(stats.log_probs, rollout_log_probs, max_weight=limit))  # type: ignore[arg-type]
 
+    vocabulary.subtract_max_(teacher_logits)
     if options.top_k is None:
-        support, student, teacher = None, logits - log_z, teacher_logits - teacher_log_z
+        support, student = None, logits.sub_(log_z)
+        teacher_log_z = vocabulary.sum(teacher_logits.exp().sum(-1, keepdim=True)).log()
+        teacher = teacher_logits.sub_(teacher_log_z)
         stats.student_topk_mass.fill_(1.0)
         stats.teacher_topk_mass.fill_(1.0)
     else:
         values, support = vocabulary.top_k(logits, options.top_k)
         student = values - log_z
-        teacher = vocabulary.gather(teacher_logits, support) - teacher_log_z
+        teacher = vocabulary.gather(teacher_logits, support)
+        teacher -= vocabulary.sum(teacher_logits.exp_().sum(-1, keepdim=True)).log()
         stats.student_topk_mass.copy_(student.exp().sum(-1))
         stats.teacher_topk_mass.copy_(teacher.exp().sum(-1))
-    del teacher_logits
 
     with torch.enable_grad():
         student.requires_grad_()
@@ -297,15 +305,13 @@ def _chunk(
         divergence, loss = vocabulary.sum(divergence.clone()), vocabulary.sum(loss.clone())
     stats.divergence.copy_(divergence)
 
-    softmax = (logits - log_z).exp_()
-    stats.entropy.copy_(log_z.squeeze(-1) - vocabulary.sum(torch.linalg.vecdot(softmax, logits)))
     if slope is None:
         return loss, None
-    total = slope.sum(-1, keepdim=True)
+    through_log_z = slope.sum(-1, keepdim=True)
     if support is None:
-        gradient = slope - vocabulary.sum(total) * softmax
+        gradient = slope.sub_(vocabulary.sum(through_log_z) * softmax)
     else:
-        gradient = softmax.mul_(-total)
+        gradient = softmax.mul_(-through_log_z)
         vocabulary.scatter_add_(gradient, support, slope)
     gradient[weights == 0] = 0
     return loss, gradient

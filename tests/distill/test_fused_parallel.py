@@ -30,8 +30,8 @@ def problem(kind: str, dtype: torch.dtype):
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype) / 2  # noqa: E731
     student, weight, teacher, teacher_weight = make(num_tokens, H), make(V, H), make(num_tokens, H), make(V, H)
     if kind == "ties":
-        # whole numbers, exact in any order of summation: many equal logits across all shards
-        student, weight = (student * 2).round(), (weight * 2).round()
+        # quarters and halves, exact in any order of summation: many equal logits across all shards
+        student, weight = (student * 2).round() / 2, (weight * 2).round() / 4
         weight[V // 2 :] = weight[: V // 2]
         student[0] = 0
     token_weights = torch.rand(num_tokens, generator=generator, dtype=dtype)
