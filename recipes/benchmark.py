@@ -1,0 +1,73 @@
+"""Measure this machine: each part against a reference in the same run.
+
+python recipes/benchmark.py part=loss output=loss.json
+python recipes/benchmark.py part=rollout model.hf_path=DIR data.path=DATASET
+python recipes/benchmark.py part=step model.hf_path=DIR data.path=DATASET
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from nemo_vopd.cli import run_recipe
+from nemo_vopd.config import Config, from_hydra
+from nemo_vopd.data.assets import ensure_tiny_assets
+from nemo_vopd.errors import OptionError
+
+
+@dataclasses.dataclass
+class LossBenchmark:
+    """Shapes of the fused loss."""
+
+    num_tokens: list[int] = dataclasses.field(default_factory=lambda: [256, 512, 1024])
+    vocab_size: int = 152064
+    hidden_size: int = 2048
+
+
+@dataclasses.dataclass
+class BenchmarkConfig(Config):
+    """A run's configuration and what to measure on it."""
+
+    part: str = "loss"
+    """loss | rollout | step"""
+    repeats: int = 3
+    """The median of so many measurements is reported."""
+    output: str | None = None
+    """JSON file for the results."""
+    loss: LossBenchmark = dataclasses.field(default_factory=LossBenchmark)
+
+
+ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
+
+
+def main(cfg: DictConfig) -> None:
+    """Measure, print a table, write the JSON."""
+    config = from_hydra(cfg, BenchmarkConfig)
+    if config.part not in ("loss", "rollout", "step"):
+        raise OptionError("part", config.part, "must be one of loss, rollout, step", "set part=loss")
+    ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
+    from nemo_vopd.runtime import benchmark  # Megatron takes seconds to import: mistakes are told first
+
+    if config.part == "loss":
+        shapes, distill = config.loss, config.distill
+        rows = benchmark.loss(
+            shapes.num_tokens, shapes.vocab_size, shapes.hidden_size, distill.top_k, distill.alpha, config.repeats
+        )
+    elif config.part == "rollout":
+        rows = benchmark.rollout(config, config.repeats)
+    else:
+        rows = benchmark.step(config, config.repeats)
+    print(benchmark.table(rows))
+    result = {"part": config.part, "threads": torch.get_num_threads(), "rows": rows}
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "benchmark")
