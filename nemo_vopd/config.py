@@ -136,7 +136,7 @@ class DistillConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     chunk_tokens: int | None = None
-    """Response tokens whose logits exist at one time; null takes what fits 128 MiB of float32 logits on a rank."""
+    """Response tokens whose logits exist at one time; null takes what fits 192 MiB of float32 logits on a rank."""
 
 
 @dataclass

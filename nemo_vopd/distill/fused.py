@@ -18,8 +18,8 @@ from torch import Tensor
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
 
-CHUNK_BYTES = 128 * 2**20
-"""Float32 logits of one chunk on one rank; a chunk holds up to four tensors of this size."""
+CHUNK_BYTES = 192 * 2**20
+"""Float32 logits of one chunk on one rank; two tensors of this size exist at one time (more without a top-k)."""
 
 
 @dataclass
@@ -198,14 +198,10 @@ class _FusedLinearJSD(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for start in range(0, hidden.size(0), options.chunk_tokens):
             rows = slice(start, start + options.chunk_tokens)
-            logits = _logits(hidden[rows], weight, dtype, options.temperature)
-            teacher_logits = _logits(teacher_hidden[rows], teacher_weight, dtype, options.temperature)
-            if options.teacher_mix:
-                teacher_logits.lerp_(logits, options.teacher_mix)
             chunk_stats = TokenStats(*(getattr(stats, field.name)[rows] for field in fields(stats)))
             loss, gradient = _chunk(
-                logits,
-                teacher_logits,
+                (hidden[rows], weight),
+                (teacher_hidden[rows], teacher_weight),
                 token_weights[rows].to(dtype),
                 options,
                 tokens[rows] if tokens is not None else None,
@@ -219,7 +215,6 @@ class _FusedLinearJSD(torch.autograd.Function):
             if options.temperature != 1:
                 gradient.div_(options.temperature)
             gradient = gradient.to(weight.dtype)
-            del logits, teacher_logits
             if grad_hidden is not None:
                 # each rank knows its rows of the head only: the gradient of the hidden state is a sum over ranks
                 grad_hidden[rows] = options.vocabulary.sum((gradient @ weight).to(dtype)).to(hidden.dtype)
@@ -245,14 +240,18 @@ class _FusedLinearJSD(torch.autograd.Function):
         return (grad_hidden, grad_weight) + (None,) * 8
 
 
-def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+def _logits(policy: tuple[Tensor, Tensor], options: _Options, dtype: torch.dtype) -> Tensor:
+    """[c, V / tp] logits of (hidden [c, H], weight [V / tp, H]), the largest of each row taken off."""
+    hidden, weight = policy
     logits = (hidden @ weight.t()).to(dtype)
-    return logits if temperature == 1 else logits.div_(temperature)
+    if options.temperature != 1:
+        logits.div_(options.temperature)
+    return options.vocabulary.subtract_max_(logits)
 
 
 def _chunk(
-    logits: Tensor,
-    teacher_logits: Tensor,
+    student_policy: tuple[Tensor, Tensor],
+    teacher_policy: tuple[Tensor, Tensor],
     token_weights: Tensor,
     options: _Options,
     tokens: Tensor | None,
@@ -260,9 +259,13 @@ def _chunk(
     stats: TokenStats,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one chunk of logits [c, V / tp] and its gradient with respect to them; fills `stats` in place."""
-    vocabulary = options.vocabulary
-    softmax = vocabulary.subtract_max_(logits).exp()
+    """Loss sum of one chunk and its gradient with respect to the student's logits; fills `stats` in place.
+
+    The policies are (hidden [c, H], weight [V / tp, H]). Two tensors of the size of the logits exist at one time.
+    """
+    vocabulary, dtype = options.vocabulary, token_weights.dtype
+    logits = _logits(student_policy, options, dtype)
+    softmax = logits.exp()
     total = vocabulary.sum(softmax.sum(-1, keepdim=True))
     log_z = total.log()
     softmax.div_(total)
@@ -273,20 +276,22 @@ def _chunk(
     limit = options.max_importance_weight if rollout_log_probs is not None else None
     stats.importance.copy_(importance_weights(stats.log_probs, rollout_log_probs, max_weight=limit))  # type: ignore[arg-type]
 
-    vocabulary.subtract_max_(teacher_logits)
     if options.top_k is None:
-        support, student = None, logits.sub_(log_z)
-        teacher_log_z = vocabulary.sum(teacher_logits.exp().sum(-1, keepdim=True)).log()
-        teacher = teacher_logits.sub_(teacher_log_z)
+        support, student = None, logits - log_z
         stats.student_topk_mass.fill_(1.0)
-        stats.teacher_topk_mass.fill_(1.0)
     else:
         values, support = vocabulary.top_k(logits, options.top_k)
         student = values - log_z
-        teacher = vocabulary.gather(teacher_logits, support)
-        teacher -= vocabulary.sum(teacher_logits.exp_().sum(-1, keepdim=True)).log()
         stats.student_topk_mass.copy_(student.exp().sum(-1))
-        stats.teacher_topk_mass.copy_(teacher.exp().sum(-1))
+    if not options.teacher_mix:
+        del logits
+    teacher_logits = _logits(teacher_policy, options, dtype)
+    if options.teacher_mix:  # a constant taken off a row of either changes no probability
+        teacher_logits = vocabulary.subtract_max_(teacher_logits.lerp_(logits, options.teacher_mix))
+    teacher = teacher_logits.clone() if support is None else vocabulary.gather(teacher_logits, support)
+    teacher -= vocabulary.sum(teacher_logits.exp_().sum(-1, keepdim=True)).log()
+    del teacher_logits
+    stats.teacher_topk_mass.copy_(vocabulary.sum(teacher.exp().sum(-1)) if support is None else teacher.exp().sum(-1))
 
     with torch.enable_grad():
         student.requires_grad_()
