@@ -32,6 +32,10 @@ class ParallelConfig:
     """Tensor-parallel size (attention heads, feed-forward columns and vocabulary are divided)."""
     pipeline: int = 1
     """Pipeline-parallel size (layers are divided)."""
+    pipeline_layout: list[int] | None = None
+    """Language layers of each pipeline stage; null divides them evenly. The first stage also holds the vision tower."""
+    context: int = 1
+    """Context-parallel size; only 1 is supported."""
     sequence: bool = False
     """Megatron sequence parallelism: norms and residuals are split along the sequence within a tensor group."""
 
@@ -311,6 +315,13 @@ def validate(config: Config) -> None:
             "rollout=replay reads responses from a file",
             "give rollout.path=FILE, a file that rollout.dump_path wrote",
         )
+    _require(
+        config.parallel.context == 1,
+        "parallel.context",
+        config.parallel.context,
+        "a sequence is not split over ranks: attention here is causal over whole right-padded sequences",
+        "set parallel.context=1 and divide with parallel.tensor, parallel.sequence and parallel.pipeline",
+    )
     _require(
         config.evaluation.every_n_steps == 0 or config.evaluation.path is not None,
         "evaluation.path",

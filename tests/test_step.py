@@ -13,14 +13,30 @@ from tests.reference import ReferenceOptions, run_reference
 
 STEPS = 3
 LR = 1e-3  # large enough that a wrong update cannot hide in the tolerance
+SMALL = "trainer.max_tokens_per_microbatch=300"  # several microbatches of different lengths
+UNEVEN = ["parallel.pipeline=2", "parallel.pipeline_layout=[1,2]"]
+TENSOR, SEQUENCE = ["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=true"]
 LAYOUTS = {
-    "single process": (1, []),
-    "two microbatches": (1, ["trainer.max_tokens_per_microbatch=300"]),
-    "tensor 2": (2, ["parallel.tensor=2"]),
-    "tensor 2, sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-    "pipeline 3, two microbatches": (3, ["parallel.pipeline=3", "trainer.max_tokens_per_microbatch=300"]),
-    "data 2": (2, []),
+    "111": (1, []),
+    "111 small": (1, [SMALL]),
+    "211": (2, TENSOR),
+    "211 small": (2, [*TENSOR, SMALL]),
+    "211 sequence": (2, SEQUENCE),
+    "211 sequence small": (2, [*SEQUENCE, SMALL]),
+    "121": (2, UNEVEN),
+    "121 small": (2, [*UNEVEN, SMALL]),
+    "131 small": (3, ["parallel.pipeline=3", SMALL]),
+    "112": (2, []),
+    "112 small": (2, [SMALL]),
+    "221": (4, [*TENSOR, *UNEVEN]),
+    "221 sequence small": (4, [*SEQUENCE, *UNEVEN, SMALL]),
+    "212 sequence": (4, SEQUENCE),
+    "212 small": (4, [*TENSOR, SMALL]),
+    "122 small": (4, [*UNEVEN, SMALL]),
+    "222 small": (8, [*TENSOR, *UNEVEN, SMALL]),
+    "222 sequence": (8, [*SEQUENCE, *UNEVEN]),
 }
+"""Tensor, pipeline and data-parallel size; world size and overrides."""
 
 
 def train_and_collect(config: Config):

@@ -13,14 +13,15 @@ from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.vlm.hf_weights import load_hf
-from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, check_layout, transformer_config
+from nemo_vopd.vlm.layout import check_layout
+from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, model_shape, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_model(config: Config) -> None:
     """Raise OptionError when `config.model.hf_path` is no model we know or the layout cannot divide it."""
-    check_layout(_hf_config(config), config.parallel)
+    check_layout(model_shape(_hf_config(config)), config.parallel)
 
 
 def _hf_config(config: Config) -> Any:

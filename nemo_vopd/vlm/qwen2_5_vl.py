@@ -23,31 +23,35 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from nemo_vopd.batch import MicroBatch
 from nemo_vopd.config import ParallelConfig
-from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore.layers import KVCache, block_spec
 from nemo_vopd.vlm.hf_weights import Split, WeightRule
+from nemo_vopd.vlm.layout import ModelShape, check_layout, megatron_layout
 
 
-def check_layout(hf: Qwen2_5_VLConfig, parallel: ParallelConfig) -> None:
-    """Raise OptionError when the layout cannot divide the model."""
+def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
+    """What a layout has to divide, with parameter counts from the configuration."""
     text: Any = hf.text_config
-    for what, size in (("attention heads", text.num_attention_heads), ("key-value heads", text.num_key_value_heads)):
-        if size % parallel.tensor:
-            fits = [str(k) for k in range(1, size + 1) if size % k == 0]
-            raise OptionError("parallel.tensor", parallel.tensor, f"must divide the {size} {what}", _use(fits))
-    for what, size in (("vocabulary", text.vocab_size), ("feed-forward size", text.intermediate_size)):
-        if size % parallel.tensor:
-            raise OptionError("parallel.tensor", parallel.tensor, f"must divide the {what} of {size}", _use(["1", "2"]))
-    if text.num_hidden_layers % parallel.pipeline:
-        fits = [str(k) for k in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % k == 0]
-        rule = f"must divide the {text.num_hidden_layers} language layers"
-        raise OptionError("parallel.pipeline", parallel.pipeline, rule, _use(fits))
+    vision: Any = hf.vision_config
+    hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
+    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    tower_layer = vision.hidden_size * (4 * vision.hidden_size + 3 * vision.intermediate_size)
+    return ModelShape(
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        ffn_hidden_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        layer_parameters=attention + 3 * hidden * text.intermediate_size,
+        vision_parameters=vision.depth * tower_layer,
+        head_parameters=text.vocab_size * hidden,
+    )
 
 
 def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
-    check_layout(hf, parallel)
+    check_layout(model_shape(hf), parallel)
     text: Any = hf.text_config
+    layers = parallel.pipeline_layout
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -66,6 +70,7 @@ def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: to
         mrope_section=list(text.rope_parameters["mrope_section"]),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=megatron_layout(layers) if layers else None,  # type: ignore[arg-type]
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -80,10 +85,6 @@ def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: to
         persist_layer_norm=torch.cuda.is_available(),
         batch_p2p_comm=torch.cuda.is_available(),
     )
-
-
-def _use(fits: list[str]) -> str:
-    return f"use {' or '.join(fits)}"
 
 
 class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):

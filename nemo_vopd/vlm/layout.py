@@ -1,0 +1,74 @@
+"""How a model is divided over tensor- and pipeline-parallel ranks, and whether it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_vopd.config import ParallelConfig
+from nemo_vopd.errors import OptionError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a layout has to divide."""
+
+    num_layers: int
+    num_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    layer_parameters: int
+    vision_parameters: int
+    head_parameters: int
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Raise OptionError when `parallel` cannot divide a model of this `shape`."""
+    for what, size in (
+        ("attention heads", shape.num_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("vocabulary rows", shape.vocab_size),
+        ("feed-forward columns", shape.ffn_hidden_size),
+    ):
+        if size % parallel.tensor:
+            fits = [k for k in range(1, shape.num_query_groups + 1) if size % k == 0 and shape.num_heads % k == 0]
+            raise OptionError("parallel.tensor", parallel.tensor, f"must divide the {size} {what}", _use(fits))
+    layers, stages, given = shape.num_layers, parallel.pipeline, parallel.pipeline_layout
+    if stages > layers:
+        raise OptionError("parallel.pipeline", stages, f"exceeds the {layers} language layers", f"use {layers} or less")
+    suggestion = f"parallel.pipeline_layout={balanced_layout(shape, stages)}".replace(" ", "")
+    if given is None:
+        if layers % stages:
+            rule = f"does not divide the {layers} language layers"
+            raise OptionError("parallel.pipeline", stages, rule, f"say how many each stage gets, {suggestion}")
+    elif len(given) != stages or sum(given) != layers or min(given) < 1:
+        rule = f"must name {stages} stages of at least 1 layer that add up to {layers}"
+        raise OptionError("parallel.pipeline_layout", str(given).replace(" ", ""), rule, f"use {suggestion}")
+
+
+def balanced_layout(shape: ModelShape, num_stages: int) -> list[int]:
+    """Language layers of each stage so that the heaviest stage is as light as possible.
+
+    Cost is parameters times the positions they see: the tower sees four patches for each image token that reaches
+    the language model, the head is charged once (it sees response rows only, but of student and teacher).
+    """
+    cost = [0.0] * num_stages
+    cost[0] += 4 * shape.vision_parameters / shape.layer_parameters
+    cost[-1] += shape.head_parameters / shape.layer_parameters
+    layers = [1] * num_stages
+    for _ in range(shape.num_layers - num_stages):
+        lightest = min(range(num_stages), key=lambda stage: cost[stage] + layers[stage])
+        layers[lightest] += 1
+    return layers
+
+
+def megatron_layout(layers: list[int]) -> list[list[str]]:
+    """`TransformerConfig.pipeline_model_parallel_layout` of `layers` for each stage."""
+    stages = [["decoder"] * num for num in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def _use(fits: list[int]) -> str:
+    return f"use {' or '.join(map(str, fits))}"
