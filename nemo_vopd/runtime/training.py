@@ -8,6 +8,7 @@ import logging
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
+from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
@@ -29,7 +30,7 @@ def train(config: Config) -> VisionOPDModel:
     trainer = build_trainer(config)
     start_experiment(trainer, config)
     if parallel.is_rank_zero():
-        print(describe(config, dist.get_world_size()), flush=True)
+        print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
     model = VisionOPDModel(config, groups, trainer)
     trainer.fit(model)
     return model
@@ -63,7 +64,10 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
     """Hand logging over to NeMo's exp_manager, everything directly in `exp_dir`."""
     options = copy.deepcopy(config.exp_manager)
     options["explicit_log_dir"] = options.pop("exp_dir")
+    level = nemo_logging.getEffectiveLevel()
+    nemo_logging.setLevel(nemo_logging.ERROR)  # exp_manager prints its whole schema
     exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
+    nemo_logging.setLevel(level)
     # exp_manager routes Megatron's INFO records, hundreds of parameter names, to the console
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for name in list(logging.root.manager.loggerDict):
