@@ -26,7 +26,7 @@ LAYOUTS = {
     "211 sequence": (2, SEQUENCE),
     "211 sequence small": (2, [*SEQUENCE, SMALL]),
     "121": (2, UNEVEN),
-    "121 small": (2, [*UNEVEN, SMALL]),
+    "121 small": (2, [*UNEVEN, SMALL, "distill.teacher.offload=true"]),
     "131 small": (3, ["parallel.pipeline=3", SMALL]),
     "112": (2, []),
     "112 small": (2, [SMALL]),

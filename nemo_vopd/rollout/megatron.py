@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,73 +63,39 @@ class Decoder:
     ) -> list[list[tuple[Tensor, Tensor]]]:
         """For each view n pairs (token_ids [R] int64, log_probs [R] float32), on the CPU."""
         results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in views]
+        in_flight = self.groups.pp.size()  # one wave for each stage, so that none of them waits for the last
+        waves = self._split(views, params, in_flight)
         with _decoding(self.model):
-            for wave in self._waves(views, params):
-                answers = self._decode([views[i] for i in wave], [ids[i] for i in wave], params, step)
-                for i, answer in zip(wave, answers, strict=True):
-                    results[i] = answer
+            for first in range(0, len(waves), in_flight):
+                running = [
+                    (wave, _Wave(self, [views[i] for i in wave], [ids[i] for i in wave], params, step))
+                    for wave in waves[first : first + in_flight]
+                ]
+                for _, state in running:
+                    state.begin()
+                while running:
+                    # every rank sees the same tokens, so all of them keep the same waves in the same order
+                    finished = [(wave, state) for wave, state in running if not state.advance()]
+                    running = [item for item in running if item not in finished]
+                    for wave, state in finished:
+                        for i, answer in zip(wave, state.responses(), strict=True):
+                            results[i] = answer
         return results
 
-    def _waves(self, views: list[View], params: SamplingParams) -> Iterator[list[int]]:
-        """Indices of views decoded together, similar lengths side by side, within the token budget."""
-        order = sorted(range(len(views)), key=lambda i: views[i].num_tokens)
-        wave: list[int] = []
-        for i in order:
+    def _split(self, views: list[View], params: SamplingParams, in_flight: int) -> list[list[int]]:
+        """Indices of views decoded together, similar lengths side by side; `in_flight` waves share the token budget."""
+        largest = -(-len(views) // in_flight)
+        waves: list[list[int]] = []
+        for i in sorted(range(len(views)), key=lambda i: views[i].num_tokens):
             cost = views[i].num_tokens + params.n * params.max_response_length
-            if wave and (len(wave) + 1) * cost > self.max_batch_tokens:
-                yield wave
-                wave = []
-            wave.append(i)
-        if wave:
-            yield wave
+            fits = waves and (len(waves[-1]) + 1) * cost * in_flight <= self.max_batch_tokens
+            if fits and len(waves[-1]) < largest:
+                waves[-1].append(i)
+            else:
+                waves.append([i])
+        return waves
 
-    def _decode(self, views: list[View], ids: list[str], params: SamplingParams, step: int):
-        device, n, length = self.device, params.n, params.max_response_length
-        b, longest = len(views), max(view.num_tokens for view in views)
-        prompt_lengths = torch.tensor([view.num_tokens for view in views], device=device)
-        token_ids = torch.full((b, longest), self.pad_token_id)
-        position_ids = torch.zeros((3, b, longest), dtype=torch.int64)
-        for i, view in enumerate(views):
-            token_ids[i, : view.num_tokens] = view.token_ids
-            position_ids[:, i, : view.num_tokens] = view.position_ids
-        next_position = torch.tensor([int(view.position_ids.max()) + 1 for view in views], device=device)
-        next_position = next_position.repeat_interleave(n)
-        draws = None
-        if params.temperature > 0:
-            draws = [uniforms(params.seed, step, sample_id, k, length) for sample_id in ids for k in range(n)]
-            draws = torch.stack(draws).to(device)
-        forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=device)
-        ends = torch.tensor(params.end_token_ids, dtype=torch.int64, device=device)
-
-        cache = KVCache(prompt_lengths, n, length)
-        hidden = self._forward(
-            token_ids.to(device),
-            position_ids.to(device),
-            cache,
-            torch.cat([view.pixel_values for view in views]).to(device),
-            torch.cat([view.grid_thw for view in views]).to(device),
-        )
-        if hidden is not None:
-            hidden = hidden[prompt_lengths - 1, torch.arange(b, device=device)].repeat_interleave(n, dim=0)
-        tokens = torch.full((b * n, length), self.pad_token_id, device=device)
-        log_probs = torch.zeros((b * n, length), device=device)
-        num_tokens = torch.full((b * n,), length, device=device)
-        for k in range(length):
-            uniform = draws[:, k] if draws is not None else None
-            tokens[:, k], log_probs[:, k] = self._draw(hidden, b * n, uniform, params, forbidden)
-            ended = torch.isin(tokens[:, k], ends) & (num_tokens == length)
-            num_tokens = torch.where(ended, k + 1, num_tokens)
-            if k + 1 == length or bool((num_tokens <= k + 1).all()):
-                break
-            cache.step = k
-            positions = (next_position + k)[None, :, None].expand(3, -1, 1)
-            hidden = self._forward(tokens[:, k : k + 1], positions, cache)
-            hidden = hidden[0] if hidden is not None else None
-        tokens, log_probs, lengths = tokens.cpu(), log_probs.cpu(), num_tokens.tolist()
-        rows = [(tokens[r, : lengths[r]].clone(), log_probs[r, : lengths[r]].clone()) for r in range(b * n)]
-        return [rows[i * n : (i + 1) * n] for i in range(b)]
-
-    def _forward(self, token_ids, position_ids, cache, pixel_values=None, grid_thw=None) -> Tensor | None:
+    def forward(self, token_ids, position_ids, cache, pixel_values=None, grid_thw=None) -> Tensor | None:
         """Hidden states [s, b, H] on the last stage, None before it; stages hand over one after the other."""
         pp, config = self.groups.pp, self.model.config
         if pp.rank() > 0:
@@ -144,26 +109,101 @@ class Decoder:
             return None
         return hidden
 
-    def _draw(
-        self, hidden: Tensor | None, rows: int, uniform: Tensor | None, params: SamplingParams, forbidden: Tensor
-    ):
-        """Tokens and log-probs [B], the same on every rank of the model-parallel group."""
+    def draw(self, hidden: Tensor | None, rows: int, n: int, uniform: Tensor | None, params: SamplingParams):
+        """Start drawing n tokens after each of `rows` hidden states [rows, H] (None before the last stage).
+
+        Returns ([2, rows, n] float64 with tokens and log-probs, a handle to wait for or None).
+        """
         tp, mp = self.groups.tp, self.groups.mp
-        packed = torch.empty((2, rows), dtype=torch.float64, device=self.device)
+        packed = torch.empty((2, rows, n), dtype=torch.float64, device=self.device)
         if hidden is not None:
             logits = hidden @ self.model.output_weight().t()
             if tp.size() > 1:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
                 dist.all_gather(shards, logits, group=tp)
                 logits = torch.cat(shards, dim=-1)
+            forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=self.device)
             # greedy log-probs are those at temperature 1
-            temperature = params.temperature or 1.0
-            drawn = draw(logits, uniform, temperature=temperature, top_p=params.top_p, forbidden=forbidden)
-            packed = torch.stack([drawn[0].double(), drawn[1].double()])
-        if mp.size() > 1:
-            # one rank decides, so that round-off can never make two ranks continue with different tokens
-            dist.broadcast(packed, group=mp, group_src=mp.size() - tp.size())
-        return packed[0].long(), packed[1].float()
+            options = {"temperature": params.temperature or 1.0, "top_p": params.top_p, "forbidden": forbidden}
+            tokens, log_probs = draw(logits, uniform, **options)
+            packed[0], packed[1] = tokens, log_probs
+        if mp.size() == 1:
+            return packed, None
+        # One rank decides, so that round-off can never make two ranks continue with different tokens. In a group of
+        # its own, and not waited for: hidden states of other waves pass between the stages meanwhile.
+        return packed, dist.broadcast(packed, group=mp, group_src=mp.size() - tp.size(), async_op=True)
+
+
+class _Wave:
+    """Prompts decoded together: n responses each, one token at a time."""
+
+    def __init__(self, decoder: Decoder, views: list[View], ids: list[str], params: SamplingParams, step: int) -> None:
+        self.decoder, self.views, self.params = decoder, views, params
+        device, n, length = decoder.device, params.n, params.max_response_length
+        self.b, self.rows = len(views), len(views) * n
+        self.uniform: Tensor | None = None
+        if params.temperature > 0:
+            draws = [uniforms(params.seed, step, sample_id, k, length) for sample_id in ids for k in range(n)]
+            self.uniform = torch.stack(draws).to(device)
+        self.ends = torch.tensor(params.end_token_ids, dtype=torch.int64, device=device)
+        self.tokens = torch.full((self.rows, length), decoder.pad_token_id, device=device)
+        self.log_probs = torch.zeros((self.rows, length), device=device)
+        self.num_tokens = torch.full((self.rows,), length, device=device)
+        self.step = 0  # tokens drawn so far
+
+    def begin(self) -> None:
+        """Compute the prompts, once for their n responses, and start drawing the first tokens."""
+        decoder, views, b, n = self.decoder, self.views, self.b, self.params.n
+        device = decoder.device
+        lengths = torch.tensor([view.num_tokens for view in views])
+        token_ids = torch.full((b, int(lengths.max())), decoder.pad_token_id)
+        position_ids = torch.zeros((3, b, int(lengths.max())), dtype=torch.int64)
+        for i, view in enumerate(views):
+            token_ids[i, : view.num_tokens] = view.token_ids
+            position_ids[:, i, : view.num_tokens] = view.position_ids
+        next_position = torch.tensor([int(view.position_ids.max()) + 1 for view in views], device=device)
+        self.next_position = next_position.repeat_interleave(n)
+        lengths = lengths.to(device)
+        self.cache = KVCache(lengths, n, self.params.max_response_length)
+        hidden = decoder.forward(
+            token_ids.to(device),
+            position_ids.to(device),
+            self.cache,
+            torch.cat([view.pixel_values for view in views]).to(device),
+            torch.cat([view.grid_thw for view in views]).to(device),
+        )
+        if hidden is not None:
+            hidden = hidden[lengths - 1, torch.arange(b, device=device)]
+        uniform = self.uniform[:, 0].view(b, n) if self.uniform is not None else None
+        drawn = n if self.uniform is not None else 1
+        self.drawn, self.handle = decoder.draw(hidden, b, drawn, uniform, self.params)
+
+    def advance(self) -> bool:
+        """Take the drawn tokens; feed them and start drawing the next, or return False when all responses ended."""
+        if self.handle is not None:
+            self.handle.wait()
+        tokens, log_probs = self.drawn.expand(2, -1, self.rows // self.drawn.size(1)).reshape(2, -1)
+        k, length = self.step, self.params.max_response_length
+        self.tokens[:, k], self.log_probs[:, k] = tokens.long(), log_probs.float()
+        ended = torch.isin(self.tokens[:, k], self.ends) & (self.num_tokens == length)
+        self.num_tokens = torch.where(ended, k + 1, self.num_tokens)
+        self.step = k + 1
+        if self.step == length or bool((self.num_tokens <= self.step).all()):
+            return False
+        self.cache.step = k
+        positions = (self.next_position + k)[None, :, None].expand(3, -1, 1)
+        hidden = self.decoder.forward(self.tokens[:, k : k + 1], positions, self.cache)
+        hidden = hidden[0] if hidden is not None else None
+        uniform = self.uniform[:, self.step, None] if self.uniform is not None else None
+        self.drawn, self.handle = self.decoder.draw(hidden, self.rows, 1, uniform, self.params)
+        return True
+
+    def responses(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """n pairs (token_ids [R], log_probs [R]) for each prompt, on the CPU."""
+        n, lengths = self.params.n, self.num_tokens.tolist()
+        tokens, log_probs = self.tokens.cpu(), self.log_probs.cpu()
+        rows = [(tokens[r, :num].clone(), log_probs[r, :num].clone()) for r, num in enumerate(lengths)]
+        return [rows[i * n : (i + 1) * n] for i in range(self.b)]
 
 
 @contextlib.contextmanager

@@ -29,28 +29,25 @@ def draw(
     top_p: float = 1.0,
     forbidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token for each row.
+    """Sample n tokens from each row.
 
     Args:
         logits: [B, V], the whole vocabulary.
-        uniform: [B] in [0, 1); None takes the most likely token (greedy).
-        temperature: divides the logits; ignored for greedy choice except in the log-probs.
+        uniform: [B, n] in [0, 1); None takes the most likely token (greedy, n = 1).
+        temperature: divides the logits; greedy choice uses it for the log-probs only.
         top_p: keep the smallest set of tokens whose probability reaches it.
         forbidden: [F] int64, ids that are never drawn.
 
     Returns:
-        tokens [B] int64 and their log-probs [B] float32 under the temperature-scaled full vocabulary, before
+        tokens [B, n] int64 and their log-probs [B, n] float32 under the temperature-scaled full vocabulary, before
         `forbidden` and `top_p`: the distribution the loss and the importance weights use.
     """
     scaled = logits.float() / temperature
     log_probs = torch.log_softmax(scaled, dim=-1)
     if forbidden is not None and forbidden.numel():
         scaled = scaled.index_fill(-1, forbidden, float("-inf"))
-    if uniform is None:
-        tokens = scaled.argmax(dim=-1)
-    else:
-        tokens = _inverse_cdf(scaled, uniform, top_p)
-    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+    tokens = scaled.argmax(dim=-1, keepdim=True) if uniform is None else _inverse_cdf(scaled, uniform, top_p)
+    return tokens, log_probs.gather(-1, tokens)
 
 
 def _inverse_cdf(scaled: Tensor, uniform: Tensor, top_p: float) -> Tensor:
@@ -62,9 +59,7 @@ def _inverse_cdf(scaled: Tensor, uniform: Tensor, top_p: float) -> Tensor:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)
     cumulative = probs.cumsum(-1)
-    threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     # the first token whose cumulative probability exceeds the threshold; it has positive probability
+    threshold = (uniform.to(cumulative) * cumulative[:, -1:]).contiguous()
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scaled.size(-1) - 1)
-    if order is not None:
-        tokens = order.gather(-1, tokens)
-    return tokens.squeeze(-1)
+    return tokens if order is None else order.gather(-1, tokens)

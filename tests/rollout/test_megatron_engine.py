@@ -112,6 +112,7 @@ def test_greedy_equals_transformers_generate(assets, tmp_path):
         (2, ["parallel.tensor=2"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (3, ["parallel.pipeline=3"]),
+        (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.pipeline_layout=[1,2]"]),
     ],
     ids=str,
 )
@@ -123,3 +124,20 @@ def test_every_layout_draws_the_same_tokens(world_size, overrides, responses, as
         for pairs, rank_pairs in zip(answers, rank_answers, strict=True):
             for (_, ours), (_, theirs) in zip(pairs, rank_pairs, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_computed_once_for_all_their_responses(assets, tmp_path):
+    config = tiny_config(assets, tmp_path)
+    groups = parallel.initialize(config.parallel, seed=1)
+    processor, samples = Processor.from_pretrained(config.model.hf_path), load_samples(config)
+    model = build_vlm(config, groups)
+    fed = []
+    model.language.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
+    )
+    decoder = Decoder(model, groups, processor.pad_token_id, 100000)
+    for n in (1, 8):
+        params = SamplingParams(n=n, max_response_length=3, seed=1)
+        decoder([s.student for s in samples], [s.id for s in samples], params)
+    longest = max(s.student.num_tokens for s in samples)
+    assert fed == [(longest, NUM), (1, NUM), (1, NUM), (longest, NUM), (1, 8 * NUM), (1, 8 * NUM)]

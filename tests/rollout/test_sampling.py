@@ -8,9 +8,9 @@ from nemo_vopd.rollout.sampling import draw, uniforms
 
 
 def frequencies(logits, num, **options):
-    uniform = torch.rand(num, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, log_probs = draw(logits.expand(num, -1), uniform, **options)
-    return np.bincount(tokens.numpy(), minlength=logits.numel()), tokens, log_probs
+    uniform = torch.rand(1, num, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, log_probs = draw(logits[None], uniform, **options)
+    return np.bincount(tokens[0].numpy(), minlength=logits.numel()), tokens[0], log_probs[0]
 
 
 def test_frequencies_match_the_softmax():
@@ -59,5 +59,5 @@ def test_forbidden_tokens_are_never_drawn():
 
 def test_extreme_draws_stay_inside_the_vocabulary():
     logits = torch.tensor([[-1e4, 0.0, -1e4]]).expand(3, -1)
-    tokens, _ = draw(logits, torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64), temperature=1.0)
-    assert tokens.tolist() == [1, 1, 1]
+    tokens, _ = draw(logits, torch.tensor([[0.0], [0.5], [1 - 1e-16]], dtype=torch.float64), temperature=1.0)
+    assert tokens.tolist() == [[1], [1], [1]]
