@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str) -> None:
     # NeMo's telemetry client says at length, on import, that it is switched off
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
 
+    # what libraries tell their developers on import and at each call is not for the user of a recipe
+    warnings.filterwarnings("ignore", module=r"(megatron|lightning|torch|nemo|transformers|webdataset)")
+
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> None:
         # inside Hydra's job: an error that leaves it gets a second line, "Error executing job with overrides"
@@ -49,14 +53,18 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 
 def _hydra_main(config_name: str) -> Callable:
-    """`hydra.main` on conf/ with its output folders switched off, as NeMo's `hydra_runner` does."""
-    sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=stdout"]
+    """`hydra.main` on conf/; conf/quiet.yaml switches its output folders off, as NeMo's `hydra_runner` does."""
     return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
 
 
 def _fail(message: str) -> None:
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    # every rank reads the same options, so rank 0 speaks; once ranks work on their own share, any of them may
+    distributed = sys.modules.get("torch.distributed")
+    apart = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if rank == 0 or apart:
+        where = f" (rank {rank})" if rank else ""
+        print(f"\nerror{where}: {message}" if apart else f"error: {message}", file=sys.stderr, flush=True)
     # os._exit: other ranks may sit in a collective, and an orderly interpreter exit would wait for them
     sys.stdout.flush()
     os._exit(2)
@@ -72,6 +80,10 @@ def _explain(error: Exception) -> str:
     if group:
         name, value = group.groups()
         return f"{name}={value}: there is no conf/{name}/{value}.yaml; choose one of the files there"
+    if "Error parsing override" in text:
+        wrong = re.search(r"Error parsing override '([^']*)'", text)
+        typed = wrong.group(1) if wrong else "?"
+        return f"{typed}: is not of the form option=value; see --help"
     named = re.search(r"[Cc]ould not override '([^']+)'", text)
     name = named.group(1) if named else full_key.group(1) if full_key else ""
     typed = next((a for a in overrides if name and a.lstrip("+~").split("=")[0] == name), name or "configuration")
@@ -80,6 +92,7 @@ def _explain(error: Exception) -> str:
     if "is not in struct" in text + cause or "not in '" in text + cause:
         return f"{typed}: no such option; see conf/ or nemo_vopd/config.py for the names"
     if "Cannot find primary config" in text:
-        return f"--config-name: {text.split('.')[0]}; choose a file of conf/"
+        names = ", ".join(sorted(file.stem for file in Path(CONF).glob("*.yaml") if file.stem != "quiet"))
+        return f"--config-name: {text.split('.')[0]}; choose one of {names}"
     reason = (cause or text).split(" full_key:")[0]
     return f"{typed}: {reason}; see nemo_vopd/config.py for the type of each option"

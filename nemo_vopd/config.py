@@ -140,7 +140,7 @@ class DistillConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     chunk_tokens: int | None = None
-    """Response tokens whose logits exist at one time; null takes what fits 192 MiB of float32 logits on a rank."""
+    """Response tokens whose logits exist at one time; null takes what fits 160 MiB of float32 logits on a rank."""
 
 
 @dataclass
@@ -307,6 +307,13 @@ def validate(config: Config) -> None:
     if distill.importance.max_weight is not None:
         weight = distill.importance.max_weight
         _require(weight > 0, "distill.importance.max_weight", weight, "must be positive or null", "set it to 2.0")
+    _require(
+        not config.exp_manager.get("create_checkpoint_callback", False),
+        "exp_manager.create_checkpoint_callback",
+        True,
+        "checkpoints are not written yet",
+        "set exp_manager.create_checkpoint_callback=false",
+    )
     if rollout.engine == "replay":
         _require(
             rollout.path is not None,

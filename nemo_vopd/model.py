@@ -11,17 +11,18 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.core import ModelPT
+from nemo.utils import logging
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import build_train_loader, iterate_samples
+from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.distill.fused import fused_linear_jsd
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
-from nemo_vopd.evaluation.gap import measure_gap
+from nemo_vopd.evaluation.gap import load_answered, measure_gap
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
@@ -56,6 +57,7 @@ class VisionOPDModel(ModelPT):
         self.metrics_file: MetricsFile | None = None
         self.evaluation_file: MetricsFile | None = None
         self._evaluation_samples: list[Sample] | None = None
+        self._reasons_told: set[str] = set()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One optimizer step on the prompts of `batch`: roll out, score twice, pull the student to the teacher."""
@@ -64,8 +66,8 @@ class VisionOPDModel(ModelPT):
         # 1. The student answers from the full image (on-policy).
         with self.timers("rollout"):
             rollouts = self.engine.generate(batch.samples, step)
-            rollouts, num_vision_tokens = self._drop_unusable(rollouts)
             self._dump(rollouts, step)
+            rollouts, num_dropped = self._drop_unusable(rollouts)
         students, teachers = self._microbatches(rollouts)
 
         # 2. The teacher reads the same responses beside the crop; only hidden states of response rows are kept.
@@ -78,22 +80,21 @@ class VisionOPDModel(ModelPT):
         with self.timers("student"):
             self.student_optimizer.zero_grad()
             statistics = student_pass(self.student, students, self._loss(students, teacher_hidden), self.groups)
+        metrics = self._reduce(statistics, len(rollouts), len(batch.dropped), num_dropped)
 
-        # 4. The student moves, then the teacher follows; a non-finite gradient moves neither.
+        # 4. The student moves, then the teacher follows; without a token or a finite gradient neither does.
         with self.timers("optimizer"):
             lr = learning_rate(step, self.config.optimizer, self.config.trainer.max_steps)
-            updated, grad_norm = self.student_optimizer.step(lr)
+            updated, grad_norm = self.student_optimizer.step(lr) if metrics["num_response_tokens"] else (False, 0.0)
             if updated:
                 self.teacher.update(step)
                 self.engine.sync_weights()
             self.optimizers().step()  # type: ignore[union-attr]  # Lightning counts the step
 
-        counts = {
-            "num_responses": len(rollouts),
-            "num_dropped_samples": len(batch.dropped) + num_vision_tokens,
-            "num_skipped_updates": int(not updated) if self.groups.dp_cp.rank() == 0 else 0,
-        }
-        self._report(step, statistics, counts, grad_norm=grad_norm, lr=lr)
+        self._warn_of_dropped(batch)
+        self._report(
+            {"step": step, **metrics, "grad_norm": grad_norm, "lr": lr, "num_skipped_updates": int(not updated)}
+        )
 
     def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]):
         """The loss function of `student_pass`: divergence sum, token count and statistics of one microbatch."""
@@ -154,41 +155,48 @@ class VisionOPDModel(ModelPT):
         if parallel.is_rank_zero():
             dump(path, [record for records in gathered for record in records], step)
 
-    def _report(
-        self, step: int, statistics: list[Tensor], counts: dict[str, int], *, grad_norm: float, lr: float
-    ) -> None:
-        """Reduce the sums of the step once and write metrics.jsonl, TensorBoard and the progress line."""
-        last_stage = parallel.is_last_stage(self.groups)
-        sums = torch.zeros(_NUM_SUMS + len(counts), dtype=torch.float64, device=cpu.device())
-        if last_stage:
+    def _reduce(
+        self, statistics: list[Tensor], num_responses: int, num_dropped_samples: int, num_dropped_responses: int
+    ) -> dict[str, float]:
+        """Sum statistics and counts of this step over all ranks, once, and turn them into means over tokens."""
+        sums = torch.zeros(_NUM_SUMS + 3, dtype=torch.float64, device=cpu.device())
+        if parallel.is_last_stage(self.groups):  # the other stages have no statistics and would count twice
             sums[:_NUM_SUMS] = torch.stack(statistics).double().sum(0)
-            sums[_NUM_SUMS:] = torch.tensor(list(counts.values()), dtype=torch.float64)
+            sums[_NUM_SUMS:] = torch.tensor([num_responses, num_dropped_samples, num_dropped_responses])
         dist.all_reduce(sums, group=self.groups.dp_cp)
         dist.all_reduce(sums, group=self.groups.pp)
-        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, *totals = sums.tolist()
-        seconds = self.timers.pop()
+        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, *counts = sums.tolist()
         num = max(tokens, 1.0)
-        metrics = {
-            "step": step,
+        return {
             "loss": loss / num,
-            "grad_norm": grad_norm,
-            "lr": lr,
             "num_response_tokens": int(tokens),
-            **{name: int(total) for name, total in zip(counts, totals, strict=True)},
-            "mean_response_length": tokens / max(totals[0], 1.0),
+            "num_responses": int(counts[0]),
+            "num_dropped_samples": int(counts[1]),
+            "num_dropped_responses": int(counts[2]),
+            "mean_response_length": tokens / max(counts[0], 1.0),
             "divergence": divergence / num,
             "teacher_topk_mass": teacher_mass / num,
             "student_topk_mass": student_mass / num,
             "importance_weight_mean": importance / num,
             "entropy": entropy / num,
-            **seconds,
-            "tokens_per_second": tokens / seconds["seconds_step"],
         }
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        """Write metrics.jsonl, TensorBoard and the progress line."""
+        seconds = self.timers.pop()
+        metrics = {**metrics, **seconds, "tokens_per_second": metrics["num_response_tokens"] / seconds["seconds_step"]}
         if self.metrics_file is not None:
             self.metrics_file.write(metrics)
         for name, value in metrics.items():
             shown = name in ("loss", "mean_response_length", "tokens_per_second")
             self.log(name, float(value), prog_bar=shown, rank_zero_only=True)
+
+    def _warn_of_dropped(self, batch: PromptBatch) -> None:
+        """Say once for each reason that, and which, a record cannot be used; metrics count all of them."""
+        for sample in batch.dropped:
+            if sample.reason not in self._reasons_told:
+                self._reasons_told.add(sample.reason)
+                logging.warning("dropped sample %s: %s (%s)", sample.id, sample.reason, sample.detail)
 
     def _build_teacher(self, model: torch.nn.Module) -> tuple[torch.nn.Module, Teacher]:
         """The module that scores the crop view and the rule by which its weights follow."""
@@ -261,8 +269,9 @@ class VisionOPDModel(ModelPT):
         if not options.every_n_steps or options.path is None or step % options.every_n_steps:
             return
         if self._evaluation_samples is None:
-            items = iterate_samples(options.path, self.config.data, "crop", self.processor, options.num_samples)
-            self._evaluation_samples = [item for item in items if isinstance(item, Sample)]
+            self._evaluation_samples = load_answered(
+                options.path, self.config.data, self.processor, options.num_samples, option="evaluation.path"
+            )
         rollout, model = self.config.rollout, self.student.module
         decoder = Decoder(model, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)  # type: ignore[arg-type]
         gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config, from_hydra
+from nemo_vopd.errors import OptionError
 
 
 @dataclasses.dataclass
@@ -33,6 +34,10 @@ ConfigStore.instance().store(name="nemo_vopd_evaluate", node=EvaluateConfig)
 def main(cfg: DictConfig) -> None:
     """Answer greedily from both views, print the table, write the JSON."""
     config = from_hydra(cfg, EvaluateConfig)
+    if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    if config.limit is not None and config.limit < 1:
+        raise OptionError("limit", config.limit, "must be at least 1", "set limit=null for all samples")
     from nemo_vopd.evaluation.gap import evaluate_directory  # Megatron takes seconds to import: mistakes first
     from nemo_vopd.mcore import parallel
 

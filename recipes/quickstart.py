@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import time
@@ -26,6 +27,10 @@ from nemo_vopd.config import Config, OptimizerConfig, from_hydra
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.synthetic import write_digits
 from nemo_vopd.data.tiny_model import write_tiny_model
+from nemo_vopd.errors import OptionError
+
+PARTS = ("data", "init", "base", "student")
+"""Folders below exp_dir that every run of this recipe makes anew."""
 
 
 @dataclasses.dataclass
@@ -61,7 +66,9 @@ def main(cfg: DictConfig) -> None:
     cfg.model.hf_path, cfg.data.path = str(root / "base"), str(root / "data" / "train")
     cfg.evaluation.path = str(root / "data" / "validation")
     config = from_hydra(cfg, QuickstartConfig)
-    clock = Clock(root)
+    check(config)
+    claim(root)
+    clock = Clock()
 
     with clock("data", "Making images, an Energon data set and a random model"):
         make_data(config, root)
@@ -106,9 +113,41 @@ def main(cfg: DictConfig) -> None:
     )
 
 
+def check(config: QuickstartConfig) -> None:
+    """Raise OptionError for what the recipe adds to a run's options."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            "WORLD_SIZE", os.environ["WORLD_SIZE"], "the quickstart is one process", "start it without torchrun"
+        )
+    warmup = config.warmup
+    counts = {"warmup.steps": warmup.steps, "warmup.batch_size": warmup.batch_size}
+    counts |= {"num_train_samples": config.num_train_samples, "num_test_samples": config.num_test_samples}
+    counts["warmup.num_samples"] = warmup.num_samples
+    for option, value in counts.items():
+        if value < 1:
+            raise OptionError(option, value, "must be at least 1", f"set {option}=1 or more")
+    for option, value in (
+        ("warmup.full_fraction", warmup.full_fraction),
+        ("close_up_fraction", config.close_up_fraction),
+    ):
+        if not 0 <= value <= 1:
+            raise OptionError(option, value, "must lie in [0, 1]", f"set {option}=0.15")
+
+
+def claim(root: Path) -> None:
+    """Mark `root` as this recipe's; refuse a folder whose data or models somebody else put there."""
+    marker = root / ".quickstart"
+    taken = [name for name in PARTS if (root / name).exists()]
+    if taken and not marker.exists():
+        rule = f"holds {taken[0]}, which this recipe did not make and would replace"
+        raise OptionError("exp_manager.exp_dir", root, rule, "choose another folder")
+    root.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
 def make_data(config: QuickstartConfig, root: Path) -> None:
     """Four disjoint sets of images below `root`/data, each with its own seed, and a random model in `root`/init."""
-    for name in ("data", "init", "base", "student"):
+    for name in PARTS:
         shutil.rmtree(root / name, ignore_errors=True)
     write_tiny_model(root / "init", seed=config.seed)
     sets = {
@@ -138,9 +177,7 @@ class Clock:
 
     NUM_PHASES = 5
 
-    def __init__(self, root: Path) -> None:
-        """`root` is the folder the run writes to."""
-        root.mkdir(parents=True, exist_ok=True)
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._name, self._start = "", 0.0
 

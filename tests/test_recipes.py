@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_a_run_writes_metrics_and_tensorboard_and_says_what_serves_it(trained):
     # the same engine and weights: rollout and trainer agree, so the weights are one
     assert all(abs(line["importance_weight_mean"] - 1) < 1e-5 and 0 < line["loss"] < 0.7 for line in metrics)
     assert [line["lr"] for line in metrics] == pytest.approx([2e-7, 4e-7, 6e-7])
-    assert list((folder / "run").glob("events.out.tfevents*"))
+    assert list((folder / "run" / "logs").glob("events.out.tfevents*"))
     assert "attention: torch scaled_dot_product_attention" in done.stdout and "megatron-core 0.16" in done.stdout
     assert "mean_response_length=" in done.stdout and "tokens_per_second=" in done.stdout
 
@@ -113,6 +114,11 @@ MISTAKES = {
         ["rollout=replay", "rollout.path=/nowhere/r.jsonl"],
         "rollout.path=/nowhere/r.jsonl: is not a file",
     ),
+    "not an option": (["faster"], "faster: is not of the form option=value"),
+    "accuracy without data": (
+        ["evaluation.every_n_steps=2", "evaluation.path=/nowhere/e"],
+        "evaluation.path=/nowhere/e: is not an Energon data set",
+    ),
     "batch": (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
 }
 
@@ -129,6 +135,46 @@ def test_mistakes_end_with_one_line_and_code_2(assets, tmp_path):
             assert done.returncode == 2, f"{name}: code {done.returncode}\n{done.stderr[-2000:]}"
             assert len(errors) == 1 and MISTAKES[name][1] in errors[0] and "; " in errors[0], f"{name}: {errors}"
             assert "Traceback" not in done.stderr, name
+
+
+def test_options_may_stand_before_flags_and_help_helps():
+    done = run(*PYTHON, "recipes/train_vopd.py", "rollout.n=-3", "--config-name", "tiny")
+    assert done.returncode == 2 and "rollout.n=-3" in done.stderr
+    done = run(*PYTHON, "recipes/train_vopd.py", "--help")
+    assert done.returncode == 0 and "teacher_view" in done.stdout
+
+
+def test_an_unknown_run_lists_the_known_ones():
+    done = run(*PYTHON, "recipes/train_vopd.py", "--config-name", "nonsense")
+    assert done.returncode == 2 and "evaluate" in done.stderr and "tiny" in done.stderr and "train" in done.stderr
+
+
+def test_a_mistake_that_only_one_rank_meets_is_told(trained, assets, tmp_path):
+    folder, _ = trained
+    lines = (folder / "rollouts.jsonl").read_text().splitlines()
+    # the second prompt of the first batch belongs to rank 1
+    second = next(line for line in lines if read_id(line) != read_id(lines[0]))
+    partial = tmp_path / "partial.jsonl"
+    partial.write_text("".join(line + "\n" for line in lines if read_id(line) != read_id(second)))
+    done = run(
+        *[*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipes/train_vopd.py"],
+        *["rollout=replay", f"rollout.path={partial}", f"exp_manager.exp_dir={tmp_path / 'run'}"],
+        NEMO_VOPD_TINY=str(assets),
+    )
+    assert done.returncode != 0 and f"has no response to sample {read_id(second)}" in done.stderr
+
+
+def read_id(line: str) -> str:
+    return json.loads(line)["sample_id"]
+
+
+def test_the_quickstart_leaves_other_peoples_files_alone(tmp_path):
+    precious = tmp_path / "data" / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    done = run(*PYTHON, "recipes/quickstart.py", f"exp_manager.exp_dir={tmp_path}")
+    assert done.returncode == 2 and "holds data, which this recipe did not make" in done.stderr
+    assert precious.exists()
 
 
 def test_evaluate_prints_the_gap(assets, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_vopd.config import Config
+from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.vlm.hf_weights import iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
@@ -63,14 +64,14 @@ def oracle(assets, tmp_path_factory):
     return folder / "rollouts.jsonl", result
 
 
-def run(assets, folder, rollouts, world_size, overrides):
+def run(assets, folder, rollouts, world_size, overrides, num_steps=STEPS):
     """Metrics and, for each rank, weights of student and teacher after training on the recorded rollouts."""
     options = [f"trainer.max_steps={STEPS}", f"optimizer.lr={LR}", f"optimizer.eps={EPS}"]
     replay = ["rollout=replay", f"rollout.path={rollouts}"]
     config = tiny_config(assets, folder, *replay, *options, *overrides)
     per_rank = run_distributed(train_and_collect, world_size, config)
     metrics = read_lines(folder / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == list(range(STEPS))
+    assert [line["step"] for line in metrics] == list(range(num_steps))
     return metrics, per_rank
 
 
@@ -92,6 +93,21 @@ def check(metrics, per_rank, expected, *, loss: float, grad_norm: float, weights
 def test_steps_equal_the_oracle(name, oracle, assets, tmp_path):
     rollouts, expected = oracle
     metrics, per_rank = run(assets, tmp_path, rollouts, *LAYOUTS[name])
+    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+
+
+@pytest.mark.parametrize("name", ["111 small", "121 small", "221 sequence small", "122 small"])
+def test_tied_embeddings_stay_tied_across_stages(name, assets, tmp_path):
+    """First and last stage hold a copy each; Megatron sums their gradients."""
+    hf_path = tmp_path / "tied"
+    write_tiny_model(hf_path, seed=4, tie_word_embeddings=True)
+    tied = f"model.hf_path={hf_path}"
+    steps = made_up_rollouts(tiny_config(assets, tmp_path, tied), 2)
+    write_rollouts(tmp_path / "rollouts.jsonl", steps)
+    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
+    world_size, overrides = LAYOUTS[name]
+    overrides = [*overrides, tied, "trainer.max_steps=2"]
+    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
     check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
 
 

@@ -189,7 +189,7 @@ def build_train_loader(
             f"must be divisible by the data-parallel size {dp_size}",
             f"set it to a multiple of {dp_size}",
         )
-    path = _dataset_path(data.path)
+    path = require_dataset(data.path)
     num_records = sum(json.loads((path / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
     if data.num_workers > num_records:
         rule = f"must not exceed the {num_records} records of {data.path}: each worker reads its own share"
@@ -214,7 +214,7 @@ def iterate_samples(
     item when `path` is no Energon data set.
     """
     dataset = get_val_dataset(
-        _dataset_path(path),
+        require_dataset(path),
         split_part="train",  # prepare.py writes one split
         worker_config=_worker_config(num_workers=0, seed=0),
         batch_size=1,
@@ -237,9 +237,10 @@ def _worker_config(num_workers: int, seed: int) -> WorkerConfig:
     )
 
 
-def _dataset_path(path: str | Path) -> Path:
+def require_dataset(path: str | Path, option: str = "data.path") -> Path:
+    """`path`, if it is an Energon data set; else OptionError naming `option`."""
     folder = Path(path)
     if not (folder / ".nv-meta" / "dataset.yaml").is_file() or not (folder / ".nv-meta" / ".info.json").is_file():
         remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
-        raise OptionError("data.path", path, "is not an Energon data set (no .nv-meta)", remedy)
+        raise OptionError(option, path, "is not an Energon data set (no .nv-meta)", remedy)
     return folder

@@ -87,4 +87,5 @@ def jsd_of_log_probs(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension; classes of probability 0 in p contribute 0."""
     mass = p.exp()
-    return torch.where(mass > 0, mass * (p - q), torch.zeros_like(mass)).sum(-1)
+    # masked before the product: -inf - (-inf) would pass on a NaN gradient even where it is not selected
+    return (mass * torch.where(mass > 0, p - q, torch.zeros_like(mass))).sum(-1)

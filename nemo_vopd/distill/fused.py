@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
 
-CHUNK_BYTES = 192 * 2**20
+CHUNK_BYTES = 160 * 2**20
 """Float32 logits of one chunk on one rank; two tensors of this size exist at one time (more without a top-k)."""
 
 
@@ -96,7 +96,9 @@ def fused_linear_jsd(
         raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocabulary}")
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * student_weight.size(0)))
+        most = max(1, CHUNK_BYTES // (4 * student_weight.size(0)))
+        num_chunks = max(1, -(-len(token_weights) // most))
+        chunk_tokens = max(1, -(-len(token_weights) // num_chunks))  # even chunks: a short last one would be slow
     stats = TokenStats(*(token_weights.new_zeros(len(token_weights), dtype=dtype) for _ in fields(TokenStats)))
     loss_sum = _FusedLinearJSD.apply(
         student_hidden,
@@ -222,6 +224,7 @@ class _FusedLinearJSD(torch.autograd.Function):
                 grad_weight.addmm_(gradient.t(), hidden[rows])
             elif grad_weight is not None:
                 grad_weight += gradient.t() @ hidden[rows]
+            del gradient  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is grad_into else grad_weight)
         ctx.weight_dtype, ctx.unit_gradient = weight.dtype, grad_into is not None
         return loss_sum

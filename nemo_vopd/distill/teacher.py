@@ -39,12 +39,15 @@ class Teacher:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follow the student after its optimizer step `step` (0-based)."""
-        if self.options.kind == "ema":
-            torch._foreach_lerp_(list(self.shards.values()), list(self.main.values()), self.options.rate)
-        elif self.options.kind == "periodic" and (step + 1) % self.options.every == 0:
-            torch._foreach_copy_(list(self.shards.values()), list(self.main.values()))
+        options = self.options
+        if options.kind == "ema":
+            rate = options.rate
+        elif options.kind == "periodic" and (step + 1) % options.every == 0:
+            rate = 1.0
         else:
             return
+        if self.shards:  # a rank may own no part of any parameter, and still takes part in publishing
+            torch._foreach_lerp_(list(self.shards.values()), list(self.main.values()), rate)
         self._publish(self.shards)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_vopd.batch import Sample
-from nemo_vopd.config import Config
+from nemo_vopd.config import Config, DataConfig
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples
+from nemo_vopd.data.task_encoder import iterate_samples, require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.scoring import exact_match
 from nemo_vopd.rollout.engine import SamplingParams
@@ -52,7 +52,8 @@ def measure_gap(
 ) -> Gap:
     """Answer every sample greedily from its student view (full) and its teacher view (crop).
 
-    Samples are shared out over data-parallel ranks; every rank returns the whole result. They need an answer.
+    Samples are shared out over data-parallel ranks; every rank returns the whole result. They need an answer, see
+    `load_answered`.
     """
     dp = groups.dp_cp
     params = SamplingParams(
@@ -81,11 +82,22 @@ def measure_gap(
 def evaluate_directory(config: Config, groups: ProcessGroupCollection, limit: int | None = None) -> Gap:
     """`measure_gap` of the model in `config.model.hf_path` on the first `limit` samples of `config.data.path`."""
     processor = Processor.from_pretrained(config.model.hf_path)
-    items = iterate_samples(config.data.path, config.data, "crop", processor, limit)
-    samples = [item for item in items if isinstance(item, Sample)]
-    without = next((sample.id for sample in samples if sample.answer is None), None)
-    if without is not None:
-        rule = f"has no answer to compare with in sample {without}"
-        raise OptionError("data.path", config.data.path, rule, "evaluate on a data set with answers")
+    samples = load_answered(config.data.path, config.data, processor, limit, option="data.path")
     decoder = Decoder(build_vlm(config, groups), groups, processor.pad_token_id, config.rollout.max_batch_tokens)
     return measure_gap(decoder, processor, samples, groups, config.rollout.max_response_length)
+
+
+def load_answered(path: str, data: DataConfig, processor: Processor, limit: int | None, *, option: str) -> list[Sample]:
+    """The first `limit` usable samples of the Energon data set `path`, full image beside crop.
+
+    Raises OptionError, naming `option`, when there is none or one has no answer.
+    """
+    require_dataset(path, option)
+    samples = [item for item in iterate_samples(path, data, "crop", processor, limit) if isinstance(item, Sample)]
+    remedy = "evaluate on a data set with answers"
+    if not samples:
+        raise OptionError(option, path, "holds no usable sample", remedy)
+    without = next((sample.id for sample in samples if sample.answer is None), None)
+    if without is not None:
+        raise OptionError(option, path, f"has no answer to compare with in sample {without}", remedy)
+    return samples

@@ -54,9 +54,9 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
     size = parallel.tensor * parallel.pipeline
     if world_size % size:
         raise OptionError(
-            "parallel.tensor*parallel.pipeline",
-            size,
-            f"must divide the number of processes, {world_size}",
+            "parallel.tensor",
+            parallel.tensor,
+            f"times parallel.pipeline={parallel.pipeline} must divide the number of processes, {world_size}",
             f"start a multiple of {size} processes or choose a smaller parallel.tensor or parallel.pipeline",
         )
 

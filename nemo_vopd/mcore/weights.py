@@ -50,7 +50,8 @@ class ShardedWeights:
     @torch.no_grad()
     def publish(self, shards: dict[str, Tensor]) -> None:
         """Cast float32 `shards` (by parameter name, this rank's elements) into the weights and gather the others'."""
-        torch._foreach_copy_([self._targets[name] for name in shards], list(shards.values()))
+        if shards:
+            torch._foreach_copy_([self._targets[name] for name in shards], list(shards.values()))
         if self.group.size() > 1:
             for bucket, own in self._buckets:
                 dist.all_gather_into_tensor(bucket, own.clone(), group=self.group)

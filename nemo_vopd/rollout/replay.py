@@ -62,10 +62,13 @@ class ReplayEngine:
                     f"has no response to sample {sample.id}",
                     "replay with the data set and the seed of the run that wrote it",
                 )
-            recorded = steps.get(step) or next(iter(steps.values()))
+            if step not in steps and len(steps) > 1:
+                rule = f"has responses to sample {sample.id} at steps {sorted(steps)}, none at step {step}"
+                raise OptionError("rollout.path", self.path, rule, "replay with the seed of the run that wrote it")
+            recorded = steps[step] if step in steps else next(iter(steps.values()))
             if any(k not in recorded for k in range(self.n)):
-                rule = f"holds {len(recorded)} responses to sample {sample.id}"
-                raise OptionError("rollout.n", self.n, rule, f"set rollout.n={len(recorded)} or less")
+                rule = f"the file holds responses {sorted(recorded)} to sample {sample.id}"
+                raise OptionError("rollout.n", self.n, rule, "set rollout.n to that of the run that wrote it")
             rollouts += [Rollout(sample, *recorded[k], index=k) for k in range(self.n)]
         return rollouts
 

@@ -42,8 +42,13 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a step, each step once, also after a restart."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open `path`; lines from `first_step` on, left by an interrupted run, are taken out."""
+        """Open `path`; lines from `first_step` on, left by an interrupted run, are taken out.
+
+        A run that starts at step 0 keeps an earlier run's file as `<name>.previous`.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and first_step == 0:
+            path.replace(path.with_name(path.name + ".previous"))
         kept = []
         if path.exists() and first_step > 0:
             kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]

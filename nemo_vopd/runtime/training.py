@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
 from nemo_vopd.config import Config
+from nemo_vopd.data.task_encoder import require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
@@ -25,6 +27,9 @@ from nemo_vopd.vlm import check_model
 def train(config: Config) -> VisionOPDModel:
     """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`."""
     check_model(config)
+    require_dataset(config.data.path)
+    if config.evaluation.every_n_steps and config.evaluation.path is not None:
+        require_dataset(config.evaluation.path, "evaluation.path")
     groups = parallel.initialize(config.parallel, seed=config.seed)
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
@@ -61,9 +66,9 @@ def build_trainer(config: Config) -> Trainer:
 
 
 def start_experiment(trainer: Trainer, config: Config) -> None:
-    """Hand logging over to NeMo's exp_manager, everything directly in `exp_dir`."""
+    """Hand logging over to NeMo's exp_manager, in `exp_dir`/logs: it moves the files it finds in its folder away."""
     options = copy.deepcopy(config.exp_manager)
-    options["explicit_log_dir"] = options.pop("exp_dir")
+    options["explicit_log_dir"] = str(Path(options.pop("exp_dir")) / "logs")
     level = nemo_logging.getEffectiveLevel()
     nemo_logging.setLevel(nemo_logging.ERROR)  # exp_manager prints its whole schema
     exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]

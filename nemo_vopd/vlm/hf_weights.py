@@ -35,6 +35,8 @@ class WeightRule:
     """Canonical Hugging Face names: one, or gate and up, or query, key and value."""
     split: Split
     """rows and columns divide dimension 0 and 1; gated stacks two row-split tensors; qkv interleaves by group."""
+    export: bool = True
+    """False for a second copy of a tensor that another stage writes."""
 
 
 def canonical(name: str) -> str:
@@ -144,6 +146,8 @@ def iterate_hf(
     size, config = groups.tp.size(), model.config
     for name, parameter in named_tensors or model.named_parameters():
         rule = rule_of(name)
+        if not rule.export:
+            continue
         shard = parameter.detach()
         shards = [shard]
         if size > 1 and rule.split != "replicated":

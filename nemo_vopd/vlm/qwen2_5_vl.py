@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -277,6 +278,9 @@ class Qwen2_5_VL(MegatronModule):
         if name.startswith("vision."):
             return WeightRule(("visual." + name.removeprefix("vision."),), "replicated")
         name = name.removeprefix("language.")
+        if name == "output_layer.weight" and self.share_embeddings_and_output_weights:
+            # the last stage's copy of the embedding: loaded like it, and exported by the first stage only
+            return dataclasses.replace(_ROOT_RULES["embedding.word_embeddings.weight"], export=False)
         if name in _ROOT_RULES:
             return _ROOT_RULES[name]
         # decoder.layers.<local index>.<rest>

@@ -84,3 +84,12 @@ def test_importance_weights_truncate():
     weights = importance_weights(log_probs, rollout, max_weight=2.0)
     assert weights.tolist() == pytest.approx([2.0, 1.0, math.exp(-20)]) and not weights.requires_grad
     assert importance_weights(log_probs, rollout, max_weight=None).tolist() == [1, 1, 1]
+
+
+def test_classes_that_neither_side_can_draw_add_nothing():
+    logits = torch.tensor([[0.3, -1.0, 0.5, float("-inf")]], dtype=torch.float64)
+    other = torch.tensor([[-0.2, 1.0, 0.1, float("-inf")]], dtype=torch.float64)
+    for alpha in (0.0, 0.5, 1.0):
+        options = {"alpha": alpha, "top_k": None, "add_tail": True}
+        value = generalized_jsd(logits, other, **options)
+        torch.testing.assert_close(value, generalized_jsd(logits[:, :3], other[:, :3], **options))
