@@ -107,7 +107,7 @@ MISTAKES = {
     "no data": (["data.path=/nowhere/data"], "data.path=/nowhere/data"),
     "no model": (["model.hf_path=/nowhere/model"], "model.hf_path=/nowhere/model"),
     "support too large": (["distill.top_k=1000"], "distill.top_k=1000: must not exceed the vocabulary size, 128"),
-    "heads": (["parallel.tensor=3"], "parallel.tensor=3: must divide the 4 attention heads; use 1 or 2 or 4"),
+    "heads": (["parallel.tensor=3"], "parallel.tensor=3: must divide the 4 attention heads; use 1 or 2"),
     "world": (["parallel.tensor=2"], "must divide the number of processes, 1"),
     "unknown group": (["rollout=telepathy"], "rollout=telepathy: there is no conf/rollout/telepathy.yaml"),
     "no rollouts": (

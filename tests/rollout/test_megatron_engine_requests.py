@@ -62,17 +62,17 @@ def test_rollouts_are_numbered_and_follow_the_step(decoder):
     assert not same_tokens(decode(views, ids, params, 0), decode(views, ids, params, 4))
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_waves_hold_to_the_budget(decoder, n):
+@pytest.mark.parametrize("n,in_flight", [(1, 1), (4, 1), (1, 3)])
+def test_waves_hold_to_the_budget(decoder, n, in_flight):
     decode = decoder[0]
     lengths = torch.randint(1, 50, (30,), generator=torch.Generator().manual_seed(0)).tolist() + [400]
     empty = torch.zeros(0, 3, dtype=torch.int64)
     views = [View(torch.zeros(k, dtype=torch.int64), torch.zeros(3, k), torch.zeros(0, 1), empty) for k in lengths]
     decode.max_batch_tokens = 200
-    waves = list(decode._waves(views, SamplingParams(n=n, max_response_length=10)))
+    waves = decode._split(views, SamplingParams(n=n, max_response_length=10), in_flight)
     assert sorted(i for wave in waves for i in wave) == list(range(len(views)))
     assert len(waves) < len(views), "short prompts are decoded together"
     for wave in waves:
-        # prompts of a wave are padded to the longest; each has a cache of n responses
+        # prompts of a wave are padded to the longest; each has a cache of n responses; waves in flight share
         tokens = len(wave) * (max(lengths[i] for i in wave) + n * 10)
-        assert len(wave) == 1 or tokens <= 200
+        assert len(wave) == 1 or tokens * in_flight <= 200
