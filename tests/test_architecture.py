@@ -1,4 +1,4 @@
-"""Who may import what (docs/algorithm.md, structure): checked on the syntax tree."""
+"""Who may import what, checked on the syntax tree: Megatron behind one door, the loss and the data pure."""
 
 import ast
 from pathlib import Path
@@ -47,8 +47,7 @@ def test_hydra_stays_at_the_edge():
 
 
 def test_nothing_in_the_package_imports_the_model_but_the_run():
-    allowed = {"nemo_vopd/runtime/training.py", "nemo_vopd/runtime/quickstart.py"}
-    assert importers("nemo_vopd.model", FILES) <= allowed
+    assert all(name.startswith("nemo_vopd/runtime/") for name in importers("nemo_vopd.model", FILES))
 
 
 def test_files_stay_readable():
