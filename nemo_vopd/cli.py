@@ -30,8 +30,10 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
 
-    # NeMo's telemetry client says at length, on import, that it is switched off
+    # NeMo's telemetry client says at length, on import, that it is switched off; Megatron and Energon tell what they
+    # found on import and list every parameter
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
 
     # what libraries tell their developers on import and at each call is not for the user of a recipe
     warnings.filterwarnings("ignore", module=r"(megatron|lightning|torch|nemo|transformers|webdataset)")

@@ -30,6 +30,7 @@ def train(config: Config) -> VisionOPDModel:
     require_dataset(config.data.path)
     if config.evaluation.every_n_steps and config.evaluation.path is not None:
         require_dataset(config.evaluation.path, "evaluation.path")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
     groups = parallel.initialize(config.parallel, seed=config.seed)
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
