@@ -100,6 +100,24 @@ def test_torchrun_with_tensor_parallelism_replays_to_the_same_numbers(trained, a
         assert two["num_response_tokens"] == one["num_response_tokens"]
 
 
+def test_srun_variables_alone_make_a_distributed_run(trained, assets, tmp_path):
+    """What srun sets for two tasks on one node, without torchrun's variables."""
+    folder, _ = trained
+    arguments = ["rollout=replay", f"rollout.path={folder / 'rollouts.jsonl'}", f"exp_manager.exp_dir={tmp_path}"]
+
+    def task(rank: int):
+        slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+        slurm |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+        command = [*PYTHON, "recipes/train_vopd.py", *arguments, "trainer.max_steps=2"]
+        return run(*command, NEMO_VOPD_TINY=str(assets), **slurm)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(task, range(2)):
+            assert done.returncode == 0, done.stderr[-2000:]
+    alone, split = read_lines(folder / "run" / "metrics.jsonl"), read_lines(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in alone[:2]], rel=1e-5)
+
+
 MISTAKES = {
     "unknown key": (["rollout.nn=3"], "rollout.nn=3: no such option"),
     "wrong type": (["rollout.n=many"], "rollout.n=many"),
