@@ -29,7 +29,8 @@ class ShardedWeights:
     ) -> None:
         """Rebind the parameters of `model`, built like the student, to flat buffers and fill them with its weights."""
         self.group = groups.dp_cp
-        self.main = {name: optimizer.main_shards()[p] for name, p in _owned(student, optimizer)}
+        shards = optimizer.main_shards()
+        self.main = {name: shards[p] for name, p in student.module.named_parameters() if p in shards}
         twin = dict(model.named_parameters())
         self._targets: dict[str, Tensor] = {}
         self._buckets: list[tuple[Tensor, Tensor]] = []
@@ -55,8 +56,3 @@ class ShardedWeights:
         if self.group.size() > 1:
             for bucket, own in self._buckets:
                 dist.all_gather_into_tensor(bucket, own.clone(), group=self.group)
-
-
-def _owned(student: DistributedDataParallel, optimizer: Optimizer):
-    shards = optimizer.main_shards()
-    return [(name, p) for name, p in student.module.named_parameters() if p in shards]
