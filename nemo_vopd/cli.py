@@ -21,13 +21,17 @@ from nemo_vopd.errors import OptionError
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def run_recipe(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str | None = None) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and call `task` with it.
+
+    `verb` names the option whose value may be given as a first word alone (`benchmark.py loss` for `part=loss`).
 
     A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2. Options are read
     with Hydra itself: NeMo's `hydra_runner` accepts the same command line, but importing it takes ten seconds, which
     nobody should wait to be told of a typing error.
     """
+    if verb is not None and len(sys.argv) > 1 and re.fullmatch(r"\w+", sys.argv[1]):
+        sys.argv[1] = f"{verb}={sys.argv[1]}"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
 
     # NeMo's telemetry client says at length, on import, that it is switched off; Megatron and Energon tell what they

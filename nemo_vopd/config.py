@@ -32,8 +32,11 @@ class ParallelConfig:
     """Tensor-parallel size (attention heads, feed-forward columns and vocabulary are divided)."""
     pipeline: int = 1
     """Pipeline-parallel size (layers are divided)."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline stage (Megatron's interleaved schedule): smaller bubbles, more messages."""
     pipeline_layout: list[int] | None = None
-    """Language layers of each pipeline stage; null divides them evenly. The first stage also holds the vision tower."""
+    """Language layers of each pipeline stage (of each chunk, in order of depth, with virtual_pipeline); null divides
+    them evenly. The first stage also holds the vision tower."""
     context: int = 1
     """Context-parallel size; only 1 is supported."""
     sequence: bool = False
@@ -263,6 +266,7 @@ def validate(config: Config) -> None:
         num_nodes=config.num_nodes,
         parallel__tensor=config.parallel.tensor,
         parallel__pipeline=config.parallel.pipeline,
+        parallel__virtual_pipeline=config.parallel.virtual_pipeline,
         data__batch_size=data.batch_size,
         data__max_prompt_length=data.max_prompt_length,
         data__shuffle_buffer_size=data.shuffle_buffer_size,
@@ -328,6 +332,15 @@ def validate(config: Config) -> None:
         config.parallel.context,
         "a sequence is not split over ranks: attention here is causal over whole right-padded sequences",
         "set parallel.context=1 and divide with parallel.tensor, parallel.sequence and parallel.pipeline",
+    )
+    _require(
+        config.parallel.virtual_pipeline == 1 or config.parallel.pipeline > 2,
+        "parallel.virtual_pipeline",
+        config.parallel.virtual_pipeline,
+        # Megatron's P2PCommunicator sends lengths to and receives them from both neighbours in one batch of
+        # operations, which cannot be told apart when both are the same process
+        "the interleaved schedule needs at least 3 stages: with 2, a stage's two neighbours are one process",
+        "set parallel.virtual_pipeline=1 or parallel.pipeline=3 or more",
     )
     _require(
         config.evaluation.every_n_steps == 0 or config.evaluation.path is not None,

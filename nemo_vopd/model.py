@@ -26,6 +26,7 @@ from nemo_vopd.evaluation.gap import load_answered, measure_gap
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.mcore.weights import ShardedWeights
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
@@ -46,13 +47,13 @@ class VisionOPDModel(ModelPT):
         self.processor = Processor.from_pretrained(config.model.hf_path)
         _check_support(config, self.processor.vocab_size)
 
-        model = build_vlm(config, groups)
-        self.student = wrap_ddp(model, groups)
+        self.student = build_vlm(config, groups)
+        self.student_ddp = wrap_ddp(self.student.chunks, groups)
         self.student_optimizer = Optimizer(
-            self.student, config.optimizer, groups, bf16=config.precision.dtype == "bf16"
+            self.student_ddp, config.optimizer, groups, bf16=config.precision.dtype == "bf16"
         )
-        self.teacher_model, self.teacher = self._build_teacher(model)
-        self.engine = self._build_engine(model)
+        self.teacher_model, self.teacher = self._build_teacher()
+        self.engine = self._build_engine()
         self.timers = Timers()
         self.metrics_file: MetricsFile | None = None
         self.evaluation_file: MetricsFile | None = None
@@ -79,7 +80,8 @@ class VisionOPDModel(ModelPT):
         # 3. The student reads them beside the full image; the loss pulls it to the teacher, token by token.
         with self.timers("student"):
             self.student_optimizer.zero_grad()
-            statistics = student_pass(self.student, students, self._loss(students, teacher_hidden), self.groups)
+            loss = self._loss(students, teacher_hidden)
+            statistics = student_pass(self.student, self.student_ddp, students, loss, self.groups)
         metrics = self._reduce(statistics, len(rollouts), len(batch.dropped), num_dropped)
 
         # 4. The student moves, then the teacher follows; without a token or a finite gradient neither does.
@@ -98,15 +100,15 @@ class VisionOPDModel(ModelPT):
 
     def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]):
         """The loss function of `student_pass`: divergence sum, token count and statistics of one microbatch."""
-        distill, model = self.config.distill, self.student.module
+        distill = self.config.distill
 
         def loss(hidden: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-            batch, weight = students[index], model.output_weight()  # type: ignore[operator]
+            batch, weight = students[index], self.student.output_weight()
             loss_sum, stats = fused_linear_jsd(
                 hidden,
                 weight,
                 teacher_hidden[index].to(hidden.device),
-                self.teacher_model.output_weight(),  # type: ignore[operator]
+                self.teacher_model.output_weight(),
                 torch.ones_like(batch.rollout_log_probs),
                 alpha=distill.alpha,
                 top_k=distill.top_k,
@@ -118,7 +120,7 @@ class VisionOPDModel(ModelPT):
                 rollout_log_probs=batch.rollout_log_probs,
                 max_importance_weight=distill.importance.max_weight,
                 teacher_mix=distill.teacher.mix if distill.teacher.kind == "trust_region" else 0.0,
-                weight_grad_into=weight.main_grad,
+                weight_grad_into=weight.main_grad,  # type: ignore[attr-defined]
             )
             num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
             sums = torch.cat([torch.stack([loss_sum.detach().float(), num_tokens.float()]), stats.sums()])
@@ -133,7 +135,10 @@ class VisionOPDModel(ModelPT):
         pad_multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         device, pad = cpu.device(), self.processor.pad_token_id
         students, teachers = [], []
-        for group in split_by_token_budget(rollouts, self.config.trainer.max_tokens_per_microbatch):
+        packed = split_by_token_budget(rollouts, self.config.trainer.max_tokens_per_microbatch)
+        if self.config.parallel.virtual_pipeline > 1:  # the interleaved schedule takes whole rounds of the pipeline
+            packed += [[blank_rollout(pad)]] * (-len(packed) % self.config.parallel.pipeline)
+        for group in packed:
             students.append(collate(group, [r.sample.student for r in group], pad, pad_multiple).to(device))
             teachers.append(collate(group, [r.sample.teacher for r in group], pad, pad_multiple).to(device))
         return students, teachers
@@ -198,23 +203,23 @@ class VisionOPDModel(ModelPT):
                 self._reasons_told.add(sample.reason)
                 logging.warning("dropped sample %s: %s (%s)", sample.id, sample.reason, sample.detail)
 
-    def _build_teacher(self, model: torch.nn.Module) -> tuple[torch.nn.Module, Teacher]:
+    def _build_teacher(self) -> tuple[Stage, Teacher]:
         """The module that scores the crop view and the rule by which its weights follow."""
         options = self.config.distill.teacher
         if options.kind == "current":  # the live weights, read without gradient: no second copy
-            return model, Teacher(options, {}, lambda shards: None)
+            return self.student, Teacher(options, {}, lambda shards: None)
         teacher_model = build_vlm(self.config, self.groups).eval()
         weights = ShardedWeights(teacher_model, self.student, self.student_optimizer, self.groups)
         main = {name: shard for name, (shard, _) in weights.main.items()}
         return teacher_model, Teacher(options, main, weights.publish)
 
-    def _build_engine(self, model: torch.nn.Module) -> RolloutEngine:
+    def _build_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
         if rollout.engine == "replay":
             assert rollout.path is not None  # validated
             return ReplayEngine(rollout.path, rollout.n)
         return MegatronEngine(
-            model,
+            self.student,
             self.groups,
             self.sampling_params(),
             pad_token_id=self.processor.pad_token_id,
@@ -272,8 +277,8 @@ class VisionOPDModel(ModelPT):
             self._evaluation_samples = load_answered(
                 options.path, self.config.data, self.processor, options.num_samples, option="evaluation.path"
             )
-        rollout, model = self.config.rollout, self.student.module
-        decoder = Decoder(model, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)  # type: ignore[arg-type]
+        rollout = self.config.rollout
+        decoder = Decoder(self.student, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)
         gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)
         if self.evaluation_file is not None:
             accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}

@@ -1,8 +1,8 @@
 """Measure this machine: each part against a reference in the same run.
 
-python recipes/benchmark.py part=loss output=loss.json
-python recipes/benchmark.py part=rollout model.hf_path=DIR data.path=DATASET
-python recipes/benchmark.py part=step model.hf_path=DIR data.path=DATASET
+python recipes/benchmark.py loss output=loss.json
+python recipes/benchmark.py rollout model.hf_path=DIR data.path=DATASET
+python recipes/benchmark.py step model.hf_path=DIR data.path=DATASET
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
     """Measure, print a table, write the JSON."""
     config = from_hydra(cfg, BenchmarkConfig)
     if config.part not in ("loss", "rollout", "step"):
-        raise OptionError("part", config.part, "must be one of loss, rollout, step", "set part=loss")
+        raise OptionError("part", config.part, "must be one of loss, rollout, step", "say benchmark.py loss")
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.runtime import benchmark  # Megatron takes seconds to import: mistakes are told first
 
@@ -70,4 +70,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "benchmark")
+    run_recipe(main, "benchmark", verb="part")

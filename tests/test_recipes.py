@@ -127,6 +127,10 @@ MISTAKES = {
     "support too large": (["distill.top_k=1000"], "distill.top_k=1000: must not exceed the vocabulary size, 128"),
     "heads": (["parallel.tensor=3"], "parallel.tensor=3: must divide the 4 attention heads; use 1 or 2"),
     "world": (["parallel.tensor=2"], "must divide the number of processes, 1"),
+    "two virtual stages": (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        "parallel.virtual_pipeline=2: the interleaved schedule needs at least 3 stages",
+    ),
     "unknown group": (["rollout=telepathy"], "rollout=telepathy: there is no conf/rollout/telepathy.yaml"),
     "no rollouts": (
         ["rollout=replay", "rollout.path=/nowhere/r.jsonl"],
@@ -160,6 +164,16 @@ def test_options_may_stand_before_flags_and_help_helps():
     assert done.returncode == 2 and "rollout.n=-3" in done.stderr
     done = run(*PYTHON, "recipes/train_vopd.py", "--help")
     assert done.returncode == 0 and "teacher_view" in done.stdout
+
+
+def test_benchmark_takes_its_part_as_a_word(tmp_path):
+    sizes = ["loss.num_tokens=[48]", "loss.vocab_size=1000", "loss.hidden_size=64", "repeats=1"]
+    done = run(*PYTHON, "recipes/benchmark.py", "loss", *sizes, f"output={tmp_path}/loss.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
+    assert [row["loss"] for row in rows] == ["dense", "fused"] and all(row["ms"] > 0 for row in rows)
+    done = run(*PYTHON, "recipes/benchmark.py", "lost")
+    assert done.returncode == 2 and "part=lost: must be one of loss, rollout, step" in done.stderr
 
 
 def test_an_unknown_run_lists_the_known_ones():

@@ -47,7 +47,7 @@ def train_and_collect(config: Config):
     from nemo_vopd.runtime.training import train
 
     model = train(config)
-    student, groups = model.student.module, model.groups
+    student, groups = model.student, model.groups
     weights = dict(iterate_hf(student, student.weight_rule, groups))
     teacher = dict(iterate_hf(model.teacher_model, student.weight_rule, groups))
     return weights, teacher
@@ -107,6 +107,31 @@ def test_tied_embeddings_stay_tied_across_stages(name, assets, tmp_path):
     expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
     world_size, overrides = LAYOUTS[name]
     overrides = [*overrides, tied, "trainer.max_steps=2"]
+    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
+    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+
+
+INTERLEAVED = ["parallel.pipeline=3", "parallel.virtual_pipeline=2"]
+
+
+@pytest.mark.parametrize(
+    "num_layers,world_size,overrides",
+    [
+        (6, 3, INTERLEAVED),
+        (7, 3, [*INTERLEAVED, SMALL, "parallel.pipeline_layout=[1,1,1,1,2,1]"]),
+        (6, 6, [*SEQUENCE, *INTERLEAVED, SMALL]),
+    ],
+    ids=["131", "131 uneven small", "231 sequence small"],
+)
+def test_virtual_pipeline_stages(num_layers, world_size, overrides, assets, tmp_path):
+    """Interleaved schedule: each of three stages holds two chunks of the model."""
+    hf_path = tmp_path / "deeper"
+    write_tiny_model(hf_path, seed=4, num_hidden_layers=num_layers)
+    model = f"model.hf_path={hf_path}"
+    steps = made_up_rollouts(tiny_config(assets, tmp_path, model), 2)
+    write_rollouts(tmp_path / "rollouts.jsonl", steps)
+    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
+    overrides = [*overrides, model, "trainer.max_steps=2"]
     metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
     check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
 

@@ -15,6 +15,7 @@ from nemo_vopd.data.processor import Processor
 from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.mcore import cpu
 from nemo_vopd.mcore.schedule import teacher_pass
+from nemo_vopd.mcore.stage import Stage
 
 NUM_TOP = 5
 
@@ -31,8 +32,8 @@ class PolicyTrace:
 
 def trace(
     rollouts: list[Rollout],
-    student: torch.nn.Module,
-    teacher: torch.nn.Module,
+    student: Stage,
+    teacher: Stage,
     processor: Processor,
     distill: DistillConfig,
     groups: ProcessGroupCollection,
@@ -44,7 +45,7 @@ def trace(
         for model, view in ((student, rollout.sample.student), (teacher, rollout.sample.teacher)):
             batch = collate([rollout], [view], processor.pad_token_id).to(cpu.device())
             (hidden,) = teacher_pass(model, [batch], groups)
-            logits.append(_gather((hidden @ model.output_weight().t()).float(), groups))  # type: ignore[operator]
+            logits.append(_gather((hidden @ model.output_weight().t()).float(), groups))
             policies.append(_policy(logits[-1], rollout.token_ids, processor))
         divergence = generalized_jsd(*logits, alpha=distill.alpha, top_k=distill.top_k, add_tail=distill.add_tail)
         tokens = [processor.tokenizer.decode([token]) for token in rollout.token_ids.tolist()]

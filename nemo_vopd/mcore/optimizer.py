@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -11,20 +13,22 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nemo_vopd.config import OptimizerConfig
 
 
-def wrap_ddp(model: torch.nn.Module, groups: ProcessGroupCollection) -> DistributedDataParallel:
-    """Megatron's data parallelism around one pipeline stage: float32 gradients, optimizer state sharded over ranks."""
+def wrap_ddp(chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+    """Megatron's data parallelism around the chunks of a stage: float32 gradients, optimizer state over ranks."""
     # no overlap: the head's gradient is added to main_grad by the loss and never passes DDP's autograd hooks
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
     )
-    ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups)  # type: ignore[arg-type]
-    ddp.config.finalize_model_grads_func = finalize_model_grads
-    ddp.config.no_sync_func = ddp.no_sync
+    ddp: list[Any] = [DistributedDataParallel(c.config, ddp_config, c, pg_collection=groups) for c in chunks]  # type: ignore[arg-type]
+    config = ddp[0].config  # one object for all chunks
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [chunk.no_sync for chunk in ddp] if len(ddp) > 1 else ddp[0].no_sync
     return ddp
 
 
@@ -32,7 +36,12 @@ class Optimizer:
     """AdamW on float32 main weights, sharded over data-parallel ranks (Megatron's DistributedOptimizer)."""
 
     def __init__(
-        self, ddp: DistributedDataParallel, options: OptimizerConfig, groups: ProcessGroupCollection, *, bf16: bool
+        self,
+        ddp: list[DistributedDataParallel],
+        options: OptimizerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        bf16: bool,
     ) -> None:
         """Take over the parameters of `ddp`. Weight decay applies to all of them, as in the published run."""
         self.ddp, self.options = ddp, options
@@ -49,12 +58,13 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            config, [ddp], use_gloo_process_groups=False, pg_collection=groups
+            config, list[MegatronModule](ddp), use_gloo_process_groups=False, pg_collection=groups
         )
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers before a step."""
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def step(self, lr: float) -> tuple[bool, float]:

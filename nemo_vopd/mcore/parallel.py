@@ -44,6 +44,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             create_gloo_process_groups=False,
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

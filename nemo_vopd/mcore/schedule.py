@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch
+from nemo_vopd.mcore.stage import Stage
 
 LossFunction = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """(response hidden states [T, H], microbatch index) -> (loss sum, number of tokens int32, statistics [S])."""
 
 
-def _run(model, batches: list[MicroBatch], on_last_stage: Callable, groups: ProcessGroupCollection, **options) -> list:
+def _run(
+    chunks: Sequence, batches: list[MicroBatch], on_last_stage: Callable, groups: ProcessGroupCollection, **options
+) -> list:
+    interleaved = len(chunks) > 1
+
     def forward_step(iterator, model):
         index, batch = next(iterator)
         hidden = model(batch.token_ids, batch.position_ids, batch.pixel_values, batch.grid_thw)
         return hidden, partial(on_last_stage, index, batch)
 
-    return get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)(
+    iterators: Any = [iter(enumerate(batches)) for _ in chunks]
+    return get_forward_backward_func(pp_size=groups.pp.size(), vp_size=len(chunks) if interleaved else None)(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(batches)),
-        model=model,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
         # lengths vary from batch to batch (variable_seq_lengths); Megatron asks for them all the same
         seq_length=batches[0].token_ids.size(1),
         micro_batch_size=batches[0].token_ids.size(0),
         pg_collection=groups,
-        p2p_communicator=_communicator(model, groups),
+        p2p_communicator=_communicator(chunks[0].config, groups),
         **options,
     )
 
 
-def _communicator(model, groups: ProcessGroupCollection):
+def _communicator(config, groups: ProcessGroupCollection):
     if groups.pp.size() == 1:
         return None
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    return P2PCommunicator(pp_group=groups.pp, config=model.config)
+    return P2PCommunicator(pp_group=groups.pp, config=config)
 
 
 @torch.no_grad()
 def teacher_pass(
-    model: torch.nn.Module, batches: list[MicroBatch], groups: ProcessGroupCollection, offload: bool = False
+    model: Stage, batches: list[MicroBatch], groups: ProcessGroupCollection, offload: bool = False
 ) -> list[Tensor]:
     """Forward only: hidden states [T, H] of the response rows of each microbatch (empty before the last stage).
 
@@ -54,22 +62,25 @@ def teacher_pass(
     """
 
     def keep_response_rows(index: int, batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-        rows = model.response_hidden(hidden, batch)  # type: ignore[operator]
+        rows = model.response_hidden(hidden, batch)
         return rows.cpu() if offload else rows
 
-    return _run(model, batches, keep_response_rows, groups, forward_only=True, collect_non_loss_data=True)
+    return _run(model.chunks, batches, keep_response_rows, groups, forward_only=True, collect_non_loss_data=True)
 
 
 def student_pass(
-    ddp: torch.nn.Module, batches: list[MicroBatch], loss_function: LossFunction, groups: ProcessGroupCollection
+    model: Stage,
+    ddp: list[DistributedDataParallel],
+    batches: list[MicroBatch],
+    loss_function: LossFunction,
+    groups: ProcessGroupCollection,
 ) -> list[Tensor]:
-    """Forward and backward; gradients end up divided by the global number of response tokens.
+    """Forward and backward of `ddp`, the chunks of `model`; gradients are divided by the global number of tokens.
 
     Returns the statistics of each microbatch (empty before the last stage).
     """
-    model = ddp.module
 
     def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return loss_function(model.response_hidden(hidden, batch), index)  # type: ignore[operator,union-attr]
+        return loss_function(model.response_hidden(hidden, batch), index)
 
     return _run(ddp, batches, loss, groups, forward_only=False)

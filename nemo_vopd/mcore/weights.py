@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -23,19 +22,20 @@ class ShardedWeights:
     def __init__(
         self,
         model: torch.nn.Module,
-        student: DistributedDataParallel,
+        student: torch.nn.Module,
         optimizer: Optimizer,
         groups: ProcessGroupCollection,
     ) -> None:
         """Rebind the parameters of `model`, built like the student, to flat buffers and fill them with its weights."""
         self.group = groups.dp_cp
         shards = optimizer.main_shards()
-        self.main = {name: shards[p] for name, p in student.module.named_parameters() if p in shards}
+        self.main = {name: shards[p] for name, p in student.named_parameters() if p in shards}
         twin = dict(model.named_parameters())
         self._targets: dict[str, Tensor] = {}
         self._buckets: list[tuple[Tensor, Tensor]] = []
-        names = {parameter: name for name, parameter in student.module.named_parameters()}
-        buffers: Any = student.buffers  # Megatron's flat buffers, not Module.buffers()
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        # Megatron's flat buffers, not Module.buffers()
+        buffers: list[Any] = [buffer for chunk in optimizer.ddp for buffer in chunk.buffers]  # type: ignore[union-attr]
         for buffer in buffers:
             flat = buffer.param_data.clone()
             for parameter, (start, end, _) in buffer.param_index_map.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_vopd.batch import Rollout, Sample, View
 from nemo_vopd.mcore.layers import KVCache
+from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.sampling import draw, uniforms
 
@@ -21,7 +22,7 @@ class MegatronEngine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Stage,
         groups: ProcessGroupCollection,
         params: SamplingParams,
         *,
@@ -48,14 +49,12 @@ class MegatronEngine:
 class Decoder:
     """Batched decoding of views with any stage layout; every rank returns the same responses."""
 
-    def __init__(
-        self, model: torch.nn.Module, groups: ProcessGroupCollection, pad_token_id: int, max_batch_tokens: int
-    ) -> None:
+    def __init__(self, model: Stage, groups: ProcessGroupCollection, pad_token_id: int, max_batch_tokens: int) -> None:
         """See `MegatronEngine`."""
-        self.model: Any = model
-        self.groups = groups
+        self.model, self.groups = model, groups
         self.pad_token_id, self.max_batch_tokens = pad_token_id, max_batch_tokens
         self.device = next(model.parameters()).device
+        self._sent: list[tuple[Any, Tensor]] = []
 
     @torch.no_grad()
     def __call__(
@@ -73,14 +72,25 @@ class Decoder:
                 ]
                 for _, state in running:
                     state.begin()
-                while running:
-                    # every rank sees the same tokens, so all of them keep the same waves in the same order
-                    finished = [(wave, state) for wave, state in running if not state.advance()]
-                    running = [item for item in running if item not in finished]
-                    for wave, state in finished:
-                        for i, answer in zip(wave, state.responses(), strict=True):
-                            results[i] = answer
+                self._advance([state for _, state in running])
+                for wave, state in running:
+                    for i, answer in zip(wave, state.responses(), strict=True):
+                        results[i] = answer
         return results
+
+    def _advance(self, running: list[_Wave]) -> None:
+        """Decode the waves to their ends. Every rank sees the same tokens, so all keep the same waves in order."""
+        while running:
+            going = []
+            for index in range(len(self.model.chunks)):
+                for wave in running if index == 0 else going:
+                    if index == 0:
+                        if not wave.take():
+                            continue
+                        going.append(wave)
+                    wave.forward(index)
+            self._wait_for_sends()
+            running = going
 
     def _split(self, views: list[View], params: SamplingParams, in_flight: int) -> list[list[int]]:
         """Indices of views decoded together, similar lengths side by side; `in_flight` waves share the token budget."""
@@ -95,19 +105,27 @@ class Decoder:
                 waves.append([i])
         return waves
 
-    def forward(self, token_ids, position_ids, cache, pixel_values=None, grid_thw=None) -> Tensor | None:
-        """Hidden states [s, b, H] on the last stage, None before it; stages hand over one after the other."""
-        pp, config = self.groups.pp, self.model.config
-        if pp.rank() > 0:
+    def forward(self, index: int, token_ids, position_ids, cache, pixel_values=None, grid_thw=None) -> Tensor | None:
+        """Chunk `index` of this stage: hidden states [s, b, H] after the model's last layer, None before it."""
+        pp, config, chunk = self.groups.pp, self.model.config, self.model.chunks[index]
+        if pp.rank() > 0 or index > 0:
             shape = (token_ids.size(1), token_ids.size(0), config.hidden_size)
             received = torch.empty(shape, dtype=config.params_dtype, device=self.device)
-            dist.recv(received, group=pp, group_src=pp.rank() - 1)
-            self.model.set_input_tensor(received)
-        hidden = self.model(token_ids, position_ids, pixel_values, grid_thw, cache)
-        if pp.rank() < pp.size() - 1:
-            dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
-            return None
-        return hidden
+            dist.recv(received, group=pp, group_src=(pp.rank() - 1) % pp.size())
+            chunk.set_input_tensor(received)
+        hidden = chunk(token_ids, position_ids, pixel_values, grid_thw, cache)
+        if pp.rank() == pp.size() - 1 and index == len(self.model.chunks) - 1:
+            return hidden
+        # not waited for: with chunks the stages form a ring, in which each could wait for the next to receive
+        hidden = hidden.contiguous()
+        handle = dist.isend(hidden, group=pp, group_dst=(pp.rank() + 1) % pp.size())
+        self._sent.append((handle, hidden))
+        return None
+
+    def _wait_for_sends(self) -> None:
+        for handle, _ in self._sent:
+            handle.wait()
+        self._sent.clear()
 
     def draw(self, hidden: Tensor | None, rows: int, n: int, uniform: Tensor | None, params: SamplingParams):
         """Start drawing n tokens after each of `rows` hidden states [rows, H] (None before the last stage).
@@ -149,10 +167,11 @@ class _Wave:
         self.tokens = torch.full((self.rows, length), decoder.pad_token_id, device=device)
         self.log_probs = torch.zeros((self.rows, length), device=device)
         self.num_tokens = torch.full((self.rows,), length, device=device)
-        self.step = 0  # tokens drawn so far
+        self.step = 0  # tokens taken so far
+        self.drawn: Tensor | None = None
 
     def begin(self) -> None:
-        """Compute the prompts, once for their n responses, and start drawing the first tokens."""
+        """Make the prompts the next input; each is computed once for its n responses."""
         decoder, views, b, n = self.decoder, self.views, self.b, self.params.n
         device = decoder.device
         lengths = torch.tensor([view.num_tokens for view in views])
@@ -163,23 +182,35 @@ class _Wave:
             position_ids[:, i, : view.num_tokens] = view.position_ids
         next_position = torch.tensor([int(view.position_ids.max()) + 1 for view in views], device=device)
         self.next_position = next_position.repeat_interleave(n)
-        lengths = lengths.to(device)
-        self.cache = KVCache(lengths, n, self.params.max_response_length)
-        hidden = decoder.forward(
+        self.lengths = lengths.to(device)
+        self.cache = KVCache(self.lengths, n, self.params.max_response_length)
+        self.inputs: tuple = (
             token_ids.to(device),
             position_ids.to(device),
             self.cache,
             torch.cat([view.pixel_values for view in views]).to(device),
             torch.cat([view.grid_thw for view in views]).to(device),
         )
-        if hidden is not None:
-            hidden = hidden[lengths - 1, torch.arange(b, device=device)]
-        uniform = self.uniform[:, 0].view(b, n) if self.uniform is not None else None
-        drawn = n if self.uniform is not None else 1
-        self.drawn, self.handle = decoder.draw(hidden, b, drawn, uniform, self.params)
 
-    def advance(self) -> bool:
-        """Take the drawn tokens; feed them and start drawing the next, or return False when all responses ended."""
+    def forward(self, index: int) -> None:
+        """Run the input through chunk `index` of this stage; after the last one start drawing the next tokens."""
+        decoder, b, n = self.decoder, self.b, self.params.n
+        hidden = decoder.forward(index, *self.inputs)
+        if index < len(decoder.model.chunks) - 1:
+            return
+        if self.step == 0:  # of a prompt, the last position; greedy responses share their first token
+            hidden = hidden[self.lengths - 1, torch.arange(b, device=hidden.device)] if hidden is not None else None
+            uniform = self.uniform[:, 0].view(b, n) if self.uniform is not None else None
+            self.drawn, self.handle = decoder.draw(hidden, b, n if uniform is not None else 1, uniform, self.params)
+        else:
+            hidden = hidden[0] if hidden is not None else None
+            uniform = self.uniform[:, self.step, None] if self.uniform is not None else None
+            self.drawn, self.handle = decoder.draw(hidden, self.rows, 1, uniform, self.params)
+
+    def take(self) -> bool:
+        """Take the drawn tokens, if any, and make them the next input; False when all responses have ended."""
+        if self.drawn is None:  # the prompts come first
+            return True
         if self.handle is not None:
             self.handle.wait()
         tokens, log_probs = self.drawn.expand(2, -1, self.rows // self.drawn.size(1)).reshape(2, -1)
@@ -192,10 +223,7 @@ class _Wave:
             return False
         self.cache.step = k
         positions = (self.next_position + k)[None, :, None].expand(3, -1, 1)
-        hidden = self.decoder.forward(self.tokens[:, k : k + 1], positions, self.cache)
-        hidden = hidden[0] if hidden is not None else None
-        uniform = self.uniform[:, self.step, None] if self.uniform is not None else None
-        self.drawn, self.handle = self.decoder.draw(hidden, self.rows, 1, uniform, self.params)
+        self.inputs = self.tokens[:, k : k + 1], positions, self.cache
         return True
 
     def responses(self) -> list[list[tuple[Tensor, Tensor]]]:

@@ -147,7 +147,7 @@ def step(config: Config, repeats: int) -> list[Row]:
 
     def student() -> None:
         model.student_optimizer.zero_grad()
-        student_pass(model.student, students, model._loss(students, hidden), model.groups)
+        student_pass(model.student, model.student_ddp, students, model._loss(students, hidden), model.groups)
 
     def optimizer() -> None:
         model.student_optimizer.step(lr)

@@ -70,8 +70,7 @@ def distill(config: Config, root: Path) -> VisionOPDModel:
     """`train_vopd` on `root`/base; writes the student to `root`/student."""
     run = dataclasses.replace(config, exp_manager={**config.exp_manager, "exp_dir": str(root / "train")})
     model = train(run)
-    student = model.student.module
-    save_hf(student, student.weight_rule, model.groups, root / "base", root / "student")  # type: ignore[arg-type]
+    save_hf(model.student, model.student.weight_rule, model.groups, root / "base", root / "student")
     return model
 
 

@@ -24,8 +24,8 @@ from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass
+from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm import build_vlm
-from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL
 
 
 def warm_up(
@@ -36,15 +36,15 @@ def warm_up(
     steps: int,
     full_fraction: float,
     options: OptimizerConfig,
-) -> Qwen2_5_VL:
+) -> Stage:
     """Train the model of `config.model.hf_path` on the answers of `config.data.path`; returns this rank's stage.
 
     `full_fraction` of the prompts show the full image; `log_path` gets one JSON object a step.
     """
     processor = Processor.from_pretrained(config.model.hf_path)
     model = build_vlm(config, groups)
-    student = wrap_ddp(model, groups)
-    optimizer = Optimizer(student, options, groups, bf16=config.precision.dtype == "bf16")
+    ddp = wrap_ddp(model.chunks, groups)
+    optimizer = Optimizer(ddp, options, groups, bf16=config.precision.dtype == "bf16")
     dp = groups.dp_cp
     loader: Iterable[PromptBatch] = build_train_loader(
         config.data, "crop", processor, seed=config.seed, dp_rank=dp.rank(), dp_size=dp.size()
@@ -67,7 +67,7 @@ def warm_up(
             return losses.sum(), num_tokens, losses.detach().mean()
 
         optimizer.zero_grad()
-        losses = student_pass(student, [batch], cross_entropy, groups)
+        losses = student_pass(model, ddp, [batch], cross_entropy, groups)
         lr = learning_rate(step, options, steps)
         _, grad_norm = optimizer.step(lr)
         if log is not None and losses:

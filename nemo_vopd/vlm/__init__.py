@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.layout import check_layout
 from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, model_shape, transformer_config
@@ -35,17 +36,23 @@ def _hf_config(config: Config) -> Any:
     return hf
 
 
-def build_vlm(config: Config, groups: ProcessGroupCollection) -> Qwen2_5_VL:
+def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
     hf = _hf_config(config)
     megatron = transformer_config(hf, config.parallel, DTYPES[config.precision.dtype])
-    model = Qwen2_5_VL(
-        hf,
-        megatron,
-        groups,
-        layer_spec=config.model.layer_spec,
-        pre_process=parallel.is_first_stage(groups),
-        post_process=parallel.is_last_stage(groups),
-    )
-    load_hf(model, model.weight_rule, config.model.hf_path, groups)
-    return model.to(cpu.device())
+    num_chunks = config.parallel.virtual_pipeline
+    chunks = [
+        Qwen2_5_VL(
+            hf,
+            megatron,
+            groups,
+            layer_spec=config.model.layer_spec,
+            pre_process=parallel.is_first_stage(groups) and index == 0,
+            post_process=parallel.is_last_stage(groups) and index == num_chunks - 1,
+            vp_stage=index if num_chunks > 1 else None,
+        )
+        for index in range(num_chunks)
+    ]
+    stage = Stage(chunks)
+    load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
+    return stage.to(cpu.device())

@@ -33,14 +33,18 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         if size % parallel.tensor:
             fits = [k for k in range(1, shape.num_query_groups + 1) if size % k == 0 and shape.num_heads % k == 0]
             raise OptionError("parallel.tensor", parallel.tensor, f"must divide the {size} {what}", _use(fits))
-    layers, stages, given = shape.num_layers, parallel.pipeline, parallel.pipeline_layout
+    layers, given = shape.num_layers, parallel.pipeline_layout
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    times = f"times parallel.virtual_pipeline={parallel.virtual_pipeline} " if parallel.virtual_pipeline > 1 else ""
     if stages > layers:
-        raise OptionError("parallel.pipeline", stages, f"exceeds the {layers} language layers", f"use {layers} or less")
+        rule = f"{times}exceeds the {layers} language layers"
+        raise OptionError("parallel.pipeline", parallel.pipeline, rule, f"use {layers} stages and chunks or less")
     suggestion = f"parallel.pipeline_layout={balanced_layout(shape, stages)}".replace(" ", "")
     if given is None:
         if layers % stages:
-            rule = f"does not divide the {layers} language layers"
-            raise OptionError("parallel.pipeline", stages, rule, f"say how many each stage gets, {suggestion}")
+            rule = f"{times}does not divide the {layers} language layers"
+            remedy = f"say how many each stage gets, {suggestion}"
+            raise OptionError("parallel.pipeline", parallel.pipeline, rule, remedy)
     elif len(given) != stages or sum(given) != layers or min(given) < 1:
         rule = f"must name {stages} stages of at least 1 layer that add up to {layers}"
         raise OptionError("parallel.pipeline_layout", str(given).replace(" ", ""), rule, f"use {suggestion}")

@@ -71,6 +71,7 @@ def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: to
         mrope_section=list(text.rope_parameters["mrope_section"]),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=megatron_layout(layers) if layers else None,  # type: ignore[arg-type]
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
@@ -171,7 +172,7 @@ class LanguageModel(GPTModel):
 
 
 class Qwen2_5_VL(MegatronModule):
-    """One pipeline stage of Qwen2.5-VL; the first stage holds the vision tower, replicated over tensor parallelism."""
+    """One pipeline chunk of Qwen2.5-VL; the first one holds the vision tower, replicated over tensor parallelism."""
 
     def __init__(
         self,
@@ -182,8 +183,12 @@ class Qwen2_5_VL(MegatronModule):
         layer_spec: str = "auto",
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
-        """Build from the Hugging Face config `hf` and Megatron's `config` (see `transformer_config`)."""
+        """Build from the Hugging Face config `hf` and Megatron's `config` (see `transformer_config`).
+
+        `vp_stage` is the number of this chunk on its pipeline stage, None without virtual pipelining.
+        """
         super().__init__(config=config)
         self.hf, self.groups = hf, groups
         self.pre_process, self.post_process = pre_process, post_process
@@ -195,7 +200,7 @@ class Qwen2_5_VL(MegatronModule):
         self.vision = tower.to(config.params_dtype) if pre_process else None
         self.language = LanguageModel(
             config,
-            block_spec(config, layer_spec, pp_rank=groups.pp.rank()),  # type: ignore[arg-type]
+            block_spec(config, layer_spec, pp_rank=groups.pp.rank(), vp_stage=vp_stage),  # type: ignore[arg-type]
             vocab_size=text.vocab_size,
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
@@ -205,6 +210,7 @@ class Qwen2_5_VL(MegatronModule):
             rotary_base=int(text.rope_parameters["rope_theta"]),
             scatter_embedding_sequence_parallel=False,  # image features are put in first
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:

@@ -20,15 +20,16 @@ STEPS, RATE = 40, 0.05
 def follow(config, kind: str):
     """Push random gradients through the optimizer; returns what the teacher and the closed form say, by name."""
     groups = parallel.initialize(config.parallel, seed=1)
-    student = wrap_ddp(build_vlm(config, groups), groups)
+    student = build_vlm(config, groups)
     bf16 = config.precision.dtype == "bf16"
-    optimizer = Optimizer(student, config.optimizer, groups, bf16=bf16)
+    ddp = wrap_ddp(student.chunks, groups)
+    optimizer = Optimizer(ddp, config.optimizer, groups, bf16=bf16)
     model = build_vlm(config, groups)
     weights = ShardedWeights(model, student, optimizer, groups)
     main = {name: shard for name, (shard, _) in weights.main.items()}
     start = {name: shard.clone() for name, shard in main.items()}
     published = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert all(torch.equal(published[n], p) for n, p in student.module.named_parameters()), "starts equal"
+    assert all(torch.equal(published[n], p) for n, p in student.named_parameters()), "starts equal"
 
     teacher = Teacher(TeacherConfig(kind=kind, rate=RATE, every=7), main, weights.publish)
     # closed form: rate * sum_k (1 - rate)^(K - k) * student_k + (1 - rate)^K * student_0, in float64
@@ -36,9 +37,9 @@ def follow(config, kind: str):
     generator = torch.Generator().manual_seed(4)  # the same gradients on every data-parallel rank
     for k in range(1, STEPS + 1):
         optimizer.zero_grad()
-        for parameter in student.module.parameters():
+        for parameter in student.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-        student.finish_grad_sync()
+        ddp[0].finish_grad_sync()
         assert optimizer.step(2e-6)[0]
         teacher.update(k - 1)
         for name, shard in main.items():

@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from nemo_vopd.batch import Sample
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import iterate_samples
+from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.megatron import Decoder
@@ -126,13 +127,23 @@ def test_every_layout_draws_the_same_tokens(world_size, overrides, responses, as
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_chunks_of_virtual_stages_draw_the_same_tokens(assets, tmp_path):
+    """Three waves travel twice around a ring of three stages."""
+    write_tiny_model(tmp_path / "six", seed=4, num_hidden_layers=6)
+    model = f"model.hf_path={tmp_path}/six"
+    answers = sample_responses(tiny_config(assets, tmp_path, model))
+    config = tiny_config(assets, tmp_path, model, "parallel.pipeline=3", "parallel.virtual_pipeline=2")
+    for rank_answers in run_distributed(sample_responses, 3, config):
+        assert same_tokens(answers, rank_answers)
+
+
 def test_prompts_are_computed_once_for_all_their_responses(assets, tmp_path):
     config = tiny_config(assets, tmp_path)
     groups = parallel.initialize(config.parallel, seed=1)
     processor, samples = Processor.from_pretrained(config.model.hf_path), load_samples(config)
     model = build_vlm(config, groups)
     fed = []
-    model.language.decoder.register_forward_pre_hook(
+    model.chunks[0].language.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
     )
     decoder = Decoder(model, groups, processor.pad_token_id, 100000)

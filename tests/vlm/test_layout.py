@@ -11,7 +11,11 @@ SHAPE = ModelShape(80, 64, 8, 29568, 152064, 878, 657, 1246)
 
 
 def test_layouts_that_divide_pass():
-    for parallel in (ParallelConfig(tensor=8, pipeline=4), ParallelConfig(pipeline=3, pipeline_layout=[20, 30, 30])):
+    for parallel in (
+        ParallelConfig(tensor=8, pipeline=4),
+        ParallelConfig(pipeline=3, pipeline_layout=[20, 30, 30]),
+        ParallelConfig(pipeline=4, virtual_pipeline=5),
+    ):
         check_layout(SHAPE, parallel)
 
 
@@ -22,6 +26,7 @@ def test_layouts_that_divide_pass():
         (ParallelConfig(tensor=16), "parallel.tensor=16: must divide the 8 key-value heads; use 1 or 2 or 4 or 8"),
         (ParallelConfig(pipeline=3), r"parallel.pipeline=3: does not divide the 80 .*pipeline_layout=\[25,28,27\]"),
         (ParallelConfig(pipeline=81), "parallel.pipeline=81: exceeds the 80 language layers"),
+        (ParallelConfig(pipeline=4, virtual_pipeline=3), "times parallel.virtual_pipeline=3 does not divide the 80"),
         (ParallelConfig(pipeline=2, pipeline_layout=[40, 30]), r"pipeline_layout=\[40,30\]: must name 2 stages"),
         (ParallelConfig(pipeline=2, pipeline_layout=[80, 0]), "at least 1 layer"),
     ],

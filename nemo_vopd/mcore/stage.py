@@ -1,0 +1,41 @@
+"""What one rank holds of a model: the chunks of its pipeline stage behind one interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_vopd.batch import MicroBatch
+
+if TYPE_CHECKING:  # vlm is built on this folder
+    from nemo_vopd.vlm.hf_weights import WeightRule
+
+
+class Stage(torch.nn.Module):
+    """One chunk of layers, or several under virtual pipelining, in order of depth."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        """`chunks` are models of one family as its file builds them."""
+        super().__init__()
+        self.chunks: Any = torch.nn.ModuleList(chunks)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron's configuration, shared by all chunks."""
+        return self.chunks[0].config
+
+    def output_weight(self) -> Tensor:
+        """[V / tp, H]: this rank's rows of the head, on the last stage."""
+        return self.chunks[-1].output_weight()
+
+    def response_hidden(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """[T, H]: the rows of `hidden`, the last stage's output, that predict the batch's response tokens."""
+        return self.chunks[-1].response_hidden(hidden, batch)
+
+    def weight_rule(self, name: str) -> WeightRule:
+        """The Hugging Face tensors of parameter `name` of this module."""
+        _, index, rest = name.split(".", 2)  # chunks.<index>.<rest>
+        return self.chunks[int(index)].weight_rule(rest)
