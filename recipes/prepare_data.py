@@ -28,7 +28,7 @@ class PrepareConfig:
     shard_size: int = 1000
     """Records in one tar file."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Larger images are dropped."""
+    """Larger images are dropped; at most 100 million, the bound of the training run."""
     workers: int = 4
     """Threads that read and check images."""
     overwrite: bool = False

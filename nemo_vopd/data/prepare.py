@@ -16,15 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from tqdm import tqdm
 
 from nemo_vopd.data.files import whole_directory
+from nemo_vopd.data.records import check_answer, check_id, check_question
 from nemo_vopd.data.views import MAX_IMAGE_PIXELS, UnusableSample, check_box, load_image
 from nemo_vopd.errors import OptionError
 
 _DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  nemo_vopd: 1\n"
+MAX_LINE_BYTES = 16 << 20
+"""Longer lines are dropped without being held in memory: a file that is no JSONL can be one line."""
+MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
+"""Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
 
 
 @dataclass
@@ -84,6 +90,9 @@ def _check_options(source: Path, output: Path, shard_size: int, pixels: int, wor
     for option, value in (("shard_size", shard_size), ("max_image_pixels", pixels), ("workers", workers)):
         if value < 1:
             raise OptionError(option, value, "must be at least 1", f"set {option}=1 or more")
+    if pixels > MAX_IMAGE_PIXELS:
+        rule = f"must be at most {MAX_IMAGE_PIXELS}: larger images are dropped when they are loaded"
+        raise OptionError("max_image_pixels", pixels, rule, "lower it and scale the images down")
     if output.exists() and not overwrite:
         raise OptionError("output", output, "exists", "choose another directory or set overwrite=true")
     if output.exists() and not (output / ".nv-meta").is_dir():
@@ -108,10 +117,10 @@ def _checked_records(
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
     ):
-        lines = enumerate(file, start=1)
+        lines = _lines(file)
         # a window at a time: executor.map would otherwise read every image of the file ahead of the writer
         while window := list(islice(lines, 16 * workers)):
-            for number, result in pool.map(check, [item for item in window if item[1].strip()]):
+            for number, result in pool.map(check, window):
                 if isinstance(result, Prepared) and result.id in seen:
                     result = UnusableSample("duplicate_id", result.id)
                 if isinstance(result, UnusableSample):
@@ -120,11 +129,24 @@ def _checked_records(
                 else:
                     seen.add(result.id)
                     yield result
-            bar.update(sum(len(line) for _, line in window))
+            bar.update(file.tell() - bar.n)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, numbered from 1; of an overlong one, its first MAX_LINE_BYTES + 1 bytes."""
+    pieces = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(pieces, start=1):
+        piece = line
+        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+            piece = next(pieces, b"")
+        if line.strip() or len(line) > MAX_LINE_BYTES:
+            yield number, line
 
 
 def _read(line: bytes, root: Path, max_pixels: int, default_id: str) -> Prepared:
     """One checked record. Raises UnusableSample."""
+    if len(line) > MAX_LINE_BYTES:
+        raise UnusableSample("malformed_record", f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -132,15 +154,8 @@ def _read(line: bytes, root: Path, max_pixels: int, default_id: str) -> Prepared
     if not isinstance(record, dict):
         raise UnusableSample("malformed_record", "not a JSON object")
     image_name, crop_name, question = _fields(record)
-    if not isinstance(question, str):
-        raise UnusableSample("malformed_record", "the question is not a text")
-    if not question.strip():
-        raise UnusableSample("empty_question")
-    answer, sample_id = record.get("answer"), record.get("id", default_id)
-    if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
-        raise UnusableSample("malformed_record", "id must be a text or a whole number")
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise UnusableSample("malformed_record", "answer must be a text")
+    question = check_question(question)
+    sample_id, answer = check_id(record.get("id", default_id)), check_answer(record.get("answer"))
     if image_name is None:
         raise UnusableSample("missing_image", "no image is named")
     image = _read_file(root, image_name, "missing_image")
@@ -154,7 +169,7 @@ def _read(line: bytes, root: Path, max_pixels: int, default_id: str) -> Prepared
         check_box(bbox, size)
     if crop is not None:
         load_image(crop, max_pixels)
-    return Prepared(str(sample_id), question, image, crop, bbox, None if answer is None else str(answer))
+    return Prepared(sample_id, question, image, crop, bbox, answer)
 
 
 def _fields(record: dict) -> tuple[object, object, object]:
@@ -176,8 +191,10 @@ def _only_image(images: object, missing: str) -> object:
         raise UnusableSample("malformed_record", "images must be a list")
     if len(images) != 1:
         raise UnusableSample(missing if not images else "malformed_record", f"{len(images)} images in place of one")
-    image = images[0]
-    return image.get("path", image.get("image")) if isinstance(image, dict) else image
+    image = images[0].get("path", images[0].get("image")) if isinstance(images[0], dict) else images[0]
+    if image is None:
+        raise UnusableSample(missing, "an image without a path")
+    return image
 
 
 def _read_file(root: Path, name: object, missing: str) -> bytes:
@@ -188,6 +205,11 @@ def _read_file(root: Path, name: object, missing: str) -> bytes:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
             raise UnusableSample("path_outside_folder", name)
+        if not path.is_file():  # opening a FIFO would wait for ever
+            raise UnusableSample(missing, f"{name}: not a file")
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise UnusableSample("image_too_large", f"{name}: {size} bytes, more than {MAX_IMAGE_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         raise UnusableSample(missing, f"{name}: {type(error).__name__}") from None

@@ -23,7 +23,7 @@ from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
-_MAX_CACHED_TEMPLATES = 1024
+_MAX_CACHED_TEMPLATES = 64  # each can be megabytes
 _MAX_ASPECT = 200
 """Qwen's smart resize refuses images more elongated than this."""
 

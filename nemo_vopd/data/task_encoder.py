@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
 from megatron.energon import (
     Cooker,
     SavableDataLoader,
@@ -34,9 +33,14 @@ from PIL import Image
 
 from nemo_vopd.batch import DroppedSample, PromptBatch, Sample, View
 from nemo_vopd.config import DataConfig
+from nemo_vopd.data.loader_state import ByValuePickler
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.views import UnusableSample, crop_box, draw_box, load_image
+from nemo_vopd.data.records import check_answer, check_id, check_question
+from nemo_vopd.data.views import UnusableSample, check_sides, crop_box, draw_box, load_image
 from nemo_vopd.errors import OptionError
+
+_MAX_CHARACTERS_PER_TOKEN = 32
+"""No readable text has more on average; that of English is between four and five."""
 
 
 @edataclass
@@ -65,13 +69,8 @@ class EncodedBatch(PromptBatch):
     def __reduce__(self):
         """Pickle the contents with tensors as plain arrays."""
         buffer = io.BytesIO()
-        _ByValuePickler(buffer, protocol=5).dump((self.samples, self.dropped))
+        ByValuePickler(buffer, protocol=5).dump((self.samples, self.dropped))
         return _load_batch, (buffer.getvalue(),)
-
-
-class _ByValuePickler(pickle.Pickler):
-    def reducer_override(self, obj: object):
-        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
 
 
 def _load_batch(data: bytes) -> EncodedBatch:
@@ -91,7 +90,7 @@ class SampleEncoder:
         sample_id = record.__key__
         try:
             meta = _parse(record.meta)
-            sample_id = meta.get("id", sample_id)
+            sample_id = check_id(meta.get("id", sample_id))
             if record.image is None:
                 raise UnusableSample("missing_image")
             return self._encode(sample_id, meta, load_image(record.image), record.crop)
@@ -101,7 +100,10 @@ class SampleEncoder:
     def _encode(self, sample_id: str, meta: dict, stored: Image.Image, crop: bytes | None) -> Sample:
         data, bbox = self.data, meta.get("bbox")
         # the hint belongs to the prompt, never to the emptiness check
-        question = meta["question"] + data.question_hint if meta["question"].strip() else ""
+        question = check_question(meta.get("question")) + data.question_hint
+        if len(question) > _MAX_CHARACTERS_PER_TOKEN * data.max_prompt_length:  # before tokenizing it at great cost
+            detail = f"{len(question)} characters, data.max_prompt_length={data.max_prompt_length}"
+            raise UnusableSample("overlong_prompt", detail)
         full = draw_box(stored, _required(bbox)) if data.draw_box else stored
         student = self._view([full], question, [data.full])
         if self.teacher_view == "full":
@@ -114,13 +116,15 @@ class SampleEncoder:
                 teacher = self._view([evidence], question, [data.crop_pixels])
             else:
                 teacher = self._view([full, evidence], question, [data.full, data.crop_pixels])
-        return Sample(sample_id, student, teacher, question, meta.get("answer"))
+        return Sample(sample_id, student, teacher, question, check_answer(meta.get("answer")))
 
     def _cut(self, image: Image.Image, bbox: object) -> Image.Image:
         if bbox is None:
             raise UnusableSample("missing_crop", "neither bbox nor crop image")
         crop = self.data.crop
-        return image.crop(crop_box(bbox, image.size, scale=crop.scale, min_side=crop.min_side, square=crop.square))
+        box = crop_box(bbox, image.size, scale=crop.scale, min_side=crop.min_side, square=crop.square)
+        check_sides(box[2] - box[0], box[3] - box[1])
+        return image.crop(box)
 
     def _view(self, images: list[Image.Image], question: str, pixels: list) -> View:
         view = self.processor.view(images, question, pixels)
@@ -139,10 +143,10 @@ def _required(bbox: object) -> object:
 def _parse(data: bytes | None) -> dict:
     try:
         meta = json.loads(data or b"null")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableSample("malformed_record", f"not JSON: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("question"), str):
-        raise UnusableSample("malformed_record", "the stored json has no question")
+    if not isinstance(meta, dict):
+        raise UnusableSample("malformed_record", "the stored json is no object")
     return meta
 
 
@@ -190,7 +194,7 @@ def build_train_loader(
             f"set it to a multiple of {dp_size}",
         )
     path = require_dataset(data.path)
-    num_records = sum(json.loads((path / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
+    num_records = sum(_shard_counts(path).values())
     if data.num_workers > num_records:
         rule = f"must not exceed the {num_records} records of {data.path}: each worker reads its own share"
         raise OptionError("data.num_workers", data.num_workers, rule, f"set it to {num_records} or less")
@@ -238,9 +242,20 @@ def _worker_config(num_workers: int, seed: int) -> WorkerConfig:
 
 
 def require_dataset(path: str | Path, option: str = "data.path") -> Path:
-    """`path`, if it is an Energon data set; else OptionError naming `option`."""
+    """`path`, if it is an Energon data set with all of its shards; else OptionError naming `option`."""
     folder = Path(path)
+    remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
     if not (folder / ".nv-meta" / "dataset.yaml").is_file() or not (folder / ".nv-meta" / ".info.json").is_file():
-        remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
         raise OptionError(option, path, "is not an Energon data set (no .nv-meta)", remedy)
+    try:
+        missing = [name for name in _shard_counts(folder) if not (folder / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OptionError(option, path, "is damaged (.nv-meta/.info.json)", remedy) from None
+    if missing:
+        raise OptionError(option, path, f"lacks {missing[0]} ({len(missing)} shards in all)", "copy it again in full")
     return folder
+
+
+def _shard_counts(folder: Path) -> dict[str, int]:
+    """Records of each shard file, as Energon's index has them."""
+    return json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import math
+import reprlib
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 DROP_REASONS = (
     "malformed_record",
@@ -21,6 +22,7 @@ DROP_REASONS = (
     "path_outside_folder",
     "unreadable_image",
     "image_too_large",
+    "image_too_small",
     "extreme_aspect",
     "empty_box",
     "box_outside_image",
@@ -30,6 +32,11 @@ DROP_REASONS = (
 
 MAX_IMAGE_PIXELS = 100_000_000
 """Decoded images beyond this (300 MB as RGB) are dropped: one such file can kill a data worker."""
+MIN_IMAGE_SIDE = 4
+"""Images and crops with a shorter side are dropped: enlarged to the model's patches they show one flat colour."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What `load_image` reads (AVIF: where Pillow has it). Pillow knows more, and hands EPS to Ghostscript to execute."""
+_MAX_DETAIL = 300
 
 Box = tuple[float, float, float, float]
 
@@ -38,8 +45,10 @@ class UnusableSample(Exception):
     """A record cannot be used. It is dropped and counted under `reason`; the run goes on."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        """`reason` is one of DROP_REASONS; `detail` says more, for a person."""
+        """`reason` is one of DROP_REASONS; `detail` says more, for a person, and may quote the data."""
         assert reason in DROP_REASONS, reason
+        # quoted data goes to terminals and logs: neither megabytes nor control sequences may
+        detail = "".join(c if c.isprintable() else "?" for c in detail[:_MAX_DETAIL])
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -55,9 +64,9 @@ def check_box(bbox: object, image_size: tuple[int, int]) -> Box:
     part of the box lies in the image).
     """
     if not isinstance(bbox, Sequence) or isinstance(bbox, str | bytes) or len(bbox) != 4:
-        raise UnusableSample("malformed_record", f"bbox must be [x1, y1, x2, y2], got {bbox!r}")
+        raise UnusableSample("malformed_record", f"bbox must be [x1, y1, x2, y2], got {reprlib.repr(bbox)}")
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and _finite(v) for v in bbox):
-        raise UnusableSample("malformed_record", f"bbox must hold four finite numbers, got {bbox!r}")
+        raise UnusableSample("malformed_record", f"bbox must hold four finite numbers, got {reprlib.repr(bbox)}")
     x1, y1, x2, y2 = bbox
     if x2 <= x1 or y2 <= y1:
         raise UnusableSample("empty_box", f"{list(bbox)} has no area")
@@ -118,21 +127,33 @@ def draw_box(image: Image.Image, bbox: object, width: int | None = None) -> Imag
     return copy
 
 
-def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode `data` to an RGB image; EXIF rotation is not applied, as boxes refer to the stored pixels.
+def check_sides(width: int, height: int) -> None:
+    """Raise UnusableSample (image_too_small) if an image or crop of this size can show nothing."""
+    if min(width, height) < MIN_IMAGE_SIDE:
+        raise UnusableSample("image_too_small", f"{width}x{height}, sides must be at least {MIN_IMAGE_SIDE} pixels")
 
-    Raises UnusableSample: image_too_large (more than `max_pixels`, known from the header before anything is
-    decoded) or unreadable_image.
+
+def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode `data`, a file in one of IMAGE_FORMATS, to an RGB image; of an animation, its first frame.
+
+    EXIF rotation is not applied, as boxes refer to the stored pixels. Raises UnusableSample: image_too_large (more
+    than `max_pixels`) and image_too_small, known from the header before anything is decoded, or unreadable_image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UnusableSample("image_too_large", f"{width}x{height} has more than {max_pixels} pixels")
+            check_sides(width, height)
+            if image.mode.startswith("I"):
+                # 16-bit grey, to which Pillow's conversion does no justice: all above 255 becomes white
+                return image.convert("I").point(lambda value: value / 256).convert("RGB")
             return image.convert("RGB")
     except UnusableSample:
         raise
     except Image.DecompressionBombError as error:
         raise UnusableSample("image_too_large", str(error)) from None
+    except (UnidentifiedImageError, KeyError):  # KeyError: none of the others, and this Pillow has no AVIF
+        raise UnusableSample("unreadable_image", f"no readable file of {', '.join(IMAGE_FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         raise UnusableSample("unreadable_image", f"{type(error).__name__}: {error}") from None

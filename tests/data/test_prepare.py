@@ -110,6 +110,7 @@ def test_bad_records_are_dropped_by_reason(folder, capsys):
         ("missing_crop", {"image": "images/full.png", "question": "q"}),
         ("missing_crop", {**GOOD, "crop_image": "images/none.png"}),
         ("missing_crop", {"images": ["images/full.png"], "teacher_images": [], "problem": "q"}),
+        ("missing_crop", {"images": ["images/full.png"], "teacher_images": [{}], "problem": "q", "bbox": [0, 0, 9, 9]}),
         ("path_outside_folder", {**GOOD, "image": "../secret.png"}),
         ("path_outside_folder", {**GOOD, "image": str(folder / "secret.png")}),
         ("path_outside_folder", {**GOOD, "image": "images/link.png"}),
@@ -126,13 +127,13 @@ def test_bad_records_are_dropped_by_reason(folder, capsys):
     result = prepare(source, folder / "out", max_image_pixels=50_000, workers=3, progress=False)
     # cut.png is as large as big.png by its header
     expected = [reason for reason, _ in bad]
-    for index in (23, 24):
+    for index in (24, 25):
         expected[index] = "image_too_large"
     assert result["kept"] == 1
     assert result["dropped"] == {reason: expected.count(reason) for reason in expected}
     assert set(result["dropped"]) <= set(DROP_REASONS)
     out = capsys.readouterr().out
-    assert "dropped 29" in out and "path_outside_folder (first: line 20: ../secret.png)" in out
+    assert "dropped 30" in out and "path_outside_folder (first: line 21: ../secret.png)" in out
 
 
 def test_truncated_images_are_found(folder):
@@ -154,6 +155,8 @@ def test_overwrite_only_replaces_prepared_data(folder):
         prepare(source, folder / "out", progress=False)
     prepare(write(folder, [GOOD] * 2), folder / "out", overwrite=True, progress=False)
     assert len(stored(folder / "out")) == 2
+    with pytest.raises(OptionError, match="max_image_pixels=200000000: must be at most 100000000"):
+        prepare(source, folder / "more", max_image_pixels=200_000_000, progress=False)
     with pytest.raises(OptionError, match="no prepared data set"):
         prepare(source, folder / "in", overwrite=True, progress=False)
     assert (folder / "in" / "images" / "full.png").is_file()

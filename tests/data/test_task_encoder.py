@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import pickle
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from nemo_vopd.batch import DroppedSample, PromptBatch
-from nemo_vopd.config import PixelConfig
+from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.data.assets import ensure_tiny_assets
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.processor import Processor
@@ -132,7 +133,7 @@ def test_teacher_views(data_config, processor):
 
 
 def test_unusable_samples_are_counted_and_the_run_goes_on(data_config, processor, tmp_path):
-    Image.new("RGB", (402, 2)).save(tmp_path / "thin.png")
+    Image.new("RGB", (804, 4)).save(tmp_path / "thin.png")
     Image.new("RGB", (112, 112)).save(tmp_path / "full.png")
     good = {"image": "full.png", "question": "what digit is red?", "bbox": [10, 20, 25, 41]}
     records = [
@@ -157,6 +158,25 @@ def test_unusable_samples_are_counted_and_the_run_goes_on(data_config, processor
         assert len(batch.samples) + len(batch.dropped) == 10
         assert set(ids(batch)) <= {"good", "no box"}
         assert all(always[item.id] == item.reason for item in batch.dropped)
+
+
+def test_overlong_questions_are_refused_before_they_are_tokenized(data_config, processor, monkeypatch):
+    monkeypatch.setattr(processor, "view", lambda *_: pytest.fail("tokenized"))
+    config = replace(data_config, question_hint=" ?" * 16 * data_config.max_prompt_length)
+    dropped = list(iterate_samples(config.path, config, "crop", processor, limit=3))
+    assert [item.reason for item in dropped] == ["overlong_prompt"] * 3
+    assert "data.max_prompt_length=128" in dropped[0].detail
+
+
+def test_crops_that_can_show_nothing_are_dropped(data_config, processor, tmp_path):
+    Image.new("RGB", (112, 112)).save(tmp_path / "full.png")
+    record = {"id": "dot", "image": "full.png", "question": "what digit is red?", "bbox": [10, 10, 11, 11]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    prepare(tmp_path / "data.jsonl", tmp_path / "out", progress=False)
+    for min_side, reason in ((1, "image_too_small"), (3, "image_too_small"), (4, None), (28, None)):
+        config = replace(data_config, crop=CropConfig(min_side=min_side))
+        (item,) = iterate_samples(tmp_path / "out", config, "crop", processor)
+        assert getattr(item, "reason", None) == reason, min_side
 
 
 def test_longer_of_both_views_decides_overlong(data_config, processor):
@@ -192,6 +212,14 @@ def test_wrong_options(data_config, processor, tmp_path):
         assert caught.value.option == "data.path"
         with pytest.raises(OptionError):
             next(iterate_samples(path, data_config, "crop", processor))
+    shutil.copytree(data_config.path, tmp_path / "part")
+    (tmp_path / "part" / "shard-000003.tar").unlink()
+    with pytest.raises(OptionError, match="lacks shard-000003.tar"):
+        next(iterate_samples(tmp_path / "part", data_config, "crop", processor))
+    for text in ("{", "[]", "{}", '{"shard_counts": 3}'):
+        (tmp_path / "part" / ".nv-meta" / ".info.json").write_text(text)
+        with pytest.raises(OptionError, match="is damaged"):
+            next(iterate_samples(tmp_path / "part", data_config, "crop", processor))
 
 
 def test_tiny_assets_are_made_once_by_concurrent_processes(tmp_path, data_config):

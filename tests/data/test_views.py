@@ -94,8 +94,8 @@ def test_draw_box_marks_a_copy_inside_the_image():
 
 
 def test_load_image_converts_and_refuses():
-    assert load_image(png(3, 4, "L")).mode == "RGB"
-    assert load_image(png(3, 4, "RGBA")).size == (3, 4)
+    assert load_image(png(5, 4, "L")).mode == "RGB"
+    assert load_image(png(4, 5, "RGBA")).size == (4, 5)
     assert reason(load_image, png(30, 40), max_pixels=1199) == "image_too_large"
     assert load_image(png(30, 40), max_pixels=1200).size == (30, 40)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
@@ -115,3 +115,29 @@ def test_size_is_checked_before_decoding():
 def test_unusable_sample_survives_a_process_boundary():
     copy = pickle.loads(pickle.dumps(UnusableSample("empty_box", "why")))
     assert (copy.reason, copy.detail) == ("empty_box", "why")
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    for name, pixels in (("png", ramp), ("tiff", ramp), ("tiff", ramp.astype(np.int32))):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, name)
+        assert np.array_equal(np.asarray(load_image(buffer.getvalue())), (ramp // 256)[..., None].repeat(3, -1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 3), (3, 3)])
+def test_images_that_can_show_nothing_are_too_small(size):
+    assert reason(load_image, png(*size)) == "image_too_small"
+    assert load_image(png(max(size[0], 4), max(size[1], 4))).mode == "RGB"
+
+
+def test_only_picture_formats_are_tried(monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program was run"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert reason(load_image, eps) == "unreadable_image"
+
+
+def test_details_quote_data_safely():
+    for detail in ("\x1b[31mred\n" * 9, "x" * 10**6, "\ud800"):
+        shown = UnusableSample("malformed_record", detail).detail
+        assert shown.isprintable() and len(shown) <= 300
