@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, RunError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -26,7 +27,8 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str |
 
     `verb` names the option whose value may be given as a first word alone (`benchmark.py loss` for `part=loss`).
 
-    A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2. Options are read
+    A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2, a fault that no option
+    mends with one line and exit code 1. Options are read
     with Hydra itself: NeMo's `hydra_runner` accepts the same command line, but importing it takes ten seconds, which
     nobody should wait to be told of a typing error.
     """
@@ -49,6 +51,14 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str |
             task(cfg)
         except OptionError as error:
             _fail(str(error))
+        except RunError as error:
+            _fail(str(error), code=1)
+        except Exception:
+            if not _distributed():
+                raise
+            traceback.print_exc()  # and leave at once: the other ranks must not wait for this one
+            sys.stdout.flush()
+            os._exit(1)
 
     try:
         _hydra_main(config_name)(guarded)()
@@ -63,17 +73,21 @@ def _hydra_main(config_name: str) -> Callable:
     return hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)
 
 
-def _fail(message: str) -> None:
+def _distributed() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _fail(message: str, code: int = 2) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     # every rank reads the same options, so rank 0 speaks; once ranks work on their own share, any of them may
-    distributed = sys.modules.get("torch.distributed")
-    apart = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    apart = _distributed()
     if rank == 0 or apart:
         where = f" (rank {rank})" if rank else ""
         print(f"\nerror{where}: {message}" if apart else f"error: {message}", file=sys.stderr, flush=True)
     # os._exit: other ranks may sit in a collective, and an orderly interpreter exit would wait for them
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def _explain(error: Exception) -> str:

@@ -1,17 +1,14 @@
 """Every option of a run as dataclasses: Hydra fills them, unknown keys and wrong types fail at the start.
 
-The defaults are the published run (docs/algorithm.md section 2). `validate` checks values and never changes one.
+The defaults are the published run (docs/algorithm.md section 2).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
-from nemo_vopd.errors import OptionError
 
 
 @dataclass
@@ -80,6 +77,8 @@ class DataConfig:
     """Draw the evidence box on the student's full image (a data option, docs/algorithm.md section 4)."""
     question_hint: str = ""
     """Text appended to the question in both views, verbatim."""
+    max_dropped_fraction: float = 0.1
+    """The run ends when more than this share of the records it has read could not be used (and more than two)."""
     shuffle_buffer_size: int = 1000
     num_workers: int = 2
     """Loader processes of each rank; part of the sample order, so keep it fixed within a run."""
@@ -129,6 +128,18 @@ class ImportanceConfig:
 
 
 @dataclass
+class EarlyStopConfig:
+    """End the run when a monitored number leaves its range (late collapse, docs/algorithm.md section 9)."""
+
+    metric: str | None = None
+    """entropy | mean_response_length | distinct_2 | student_topk_mass | full_accuracy | crop_accuracy; null: off."""
+    min: float | None = None
+    max: float | None = None
+    patience: int = 3
+    """Measurements in a row outside [min, max] before the run ends."""
+
+
+@dataclass
 class DistillConfig:
     """The divergence and the teacher."""
 
@@ -142,6 +153,7 @@ class DistillConfig:
     """crop | full | full_and_crop | boxed"""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     chunk_tokens: int | None = None
     """Response tokens whose logits exist at one time; null takes what fits 160 MiB of float32 logits on a rank."""
 
@@ -183,12 +195,28 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Student, teacher, optimizer, loader position and counters, in `<exp_manager.exp_dir>/checkpoints`."""
+
+    every_n_steps: int = 10
+    """Save every so many steps and at the end; 0 saves only when a signal or trainer.max_time ends the run."""
+    keep_last: int = 2
+    """Complete checkpoints that stay; older ones are deleted."""
+    asynchronous: bool = False
+    """Write in the background while training goes on (needs host memory for a copy of the state)."""
+
+
+@dataclass
 class TrainerConfig:
     """Length of the run and Lightning's trainer."""
 
     max_steps: int = 65
     max_tokens_per_microbatch: int = 16384
     """Padded tokens of one microbatch; the wider of the two views counts."""
+    max_time: str | None = None
+    """Wall-clock limit DD:HH:MM:SS: no step is begun that would end after it; the run saves and can be resumed."""
+    max_skipped_updates: int = 10
+    """The run ends after so many updates in a row with a gradient that is not finite."""
     log_every_n_steps: int = 1
     enable_progress_bar: bool = True
 
@@ -207,10 +235,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: dict[str, Any] = field(
         default_factory=lambda: {
             "exp_dir": "runs/vopd",
+            "resume_if_exists": True,
+            "resume_ignore_no_checkpoint": True,
             "create_tensorboard_logger": True,
             "create_wandb_logger": False,
             "create_checkpoint_callback": False,
@@ -223,137 +254,4 @@ class Config:
     """NeMo's exp_manager options, plus `exp_dir`: the folder everything of this run is written to."""
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
 ConfigStore.instance().store(name="nemo_vopd", node=Config)
-
-
-def from_hydra(cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
-    """The typed configuration of a composed Hydra config, validated. `schema` may extend `Config`."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
-    config: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[assignment]
-    validate(config)
-    return config
-
-
-def _require(ok: bool, option: str, value: object, rule: str, remedy: str) -> None:
-    if not ok:
-        raise OptionError(option, value, rule, remedy)
-
-
-def _at_least(minimum: float, **options: float) -> None:
-    for name, value in options.items():
-        option = name.replace("__", ".")
-        _require(value >= minimum, option, value, f"must be at least {minimum}", f"set {option}={minimum} or more")
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, option, value, f"must be one of {', '.join(choices)}", f"set {option}={choices[0]}")
-
-
-def validate(config: Config) -> None:
-    """Check ranges and choices that need neither the model nor the world size. Raises OptionError."""
-    rollout, distill, data, optimizer = config.rollout, config.distill, config.data, config.optimizer
-    _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
-    _one_of("rollout.engine", rollout.engine, ("megatron", "replay"))
-    _one_of("distill.teacher_view", distill.teacher_view, ("crop", "full", "full_and_crop", "boxed"))
-    _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
-    _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
-    _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
-    _at_least(
-        1,
-        num_nodes=config.num_nodes,
-        parallel__tensor=config.parallel.tensor,
-        parallel__pipeline=config.parallel.pipeline,
-        parallel__virtual_pipeline=config.parallel.virtual_pipeline,
-        data__batch_size=data.batch_size,
-        data__max_prompt_length=data.max_prompt_length,
-        data__shuffle_buffer_size=data.shuffle_buffer_size,
-        data__crop__scale=data.crop.scale,
-        data__crop__min_side=data.crop.min_side,
-        rollout__n=rollout.n,
-        rollout__max_response_length=rollout.max_response_length,
-        rollout__max_batch_tokens=rollout.max_batch_tokens,
-        distill__chunk_tokens=distill.chunk_tokens or 1,
-        distill__teacher__every=distill.teacher.every,
-        trainer__max_steps=config.trainer.max_steps,
-        trainer__max_tokens_per_microbatch=config.trainer.max_tokens_per_microbatch,
-        trainer__log_every_n_steps=config.trainer.log_every_n_steps,
-    )
-    _at_least(
-        0,
-        seed=config.seed,
-        data__num_workers=data.num_workers,
-        optimizer__lr=optimizer.lr,
-        optimizer__min_lr=optimizer.min_lr,
-        optimizer__weight_decay=optimizer.weight_decay,
-        optimizer__clip_grad=optimizer.clip_grad,
-        optimizer__warmup_steps=optimizer.warmup_steps,
-        evaluation__every_n_steps=config.evaluation.every_n_steps,
-        evaluation__num_samples=config.evaluation.num_samples,
-    )
-    for name, view in (("full", data.full), ("crop_pixels", data.crop_pixels)):
-        _require(
-            1 <= view.min_pixels <= view.max_pixels,
-            f"data.{name}.min_pixels",
-            view.min_pixels,
-            f"must lie between 1 and data.{name}.max_pixels={view.max_pixels}",
-            f"lower it or raise data.{name}.max_pixels",
-        )
-    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "must be positive", "set it to 1.0")
-    _require(0 < rollout.top_p <= 1, "rollout.top_p", rollout.top_p, "must lie in (0, 1]", "set it to 1.0")
-    _require(0 <= distill.alpha <= 1, "distill.alpha", distill.alpha, "must lie in [0, 1]", "set it to 0.5")
-    if distill.top_k is not None:
-        _at_least(1, distill__top_k=distill.top_k)
-    for name, value in (("rate", distill.teacher.rate), ("mix", distill.teacher.mix)):
-        _require(0 <= value <= 1, f"distill.teacher.{name}", value, "must lie in [0, 1]", "set it to 0.05")
-    if distill.importance.max_weight is not None:
-        weight = distill.importance.max_weight
-        _require(weight > 0, "distill.importance.max_weight", weight, "must be positive or null", "set it to 2.0")
-    _require(
-        not config.exp_manager.get("create_checkpoint_callback", False),
-        "exp_manager.create_checkpoint_callback",
-        True,
-        "checkpoints are not written yet",
-        "set exp_manager.create_checkpoint_callback=false",
-    )
-    if rollout.engine == "replay":
-        _require(
-            rollout.path is not None,
-            "rollout.path",
-            rollout.path,
-            "rollout=replay reads responses from a file",
-            "give rollout.path=FILE, a file that rollout.dump_path wrote",
-        )
-    _require(
-        config.parallel.context == 1,
-        "parallel.context",
-        config.parallel.context,
-        "a sequence is not split over ranks: attention here is causal over whole right-padded sequences",
-        "set parallel.context=1 and divide with parallel.tensor, parallel.sequence and parallel.pipeline",
-    )
-    _require(
-        config.parallel.virtual_pipeline == 1 or config.parallel.pipeline > 2,
-        "parallel.virtual_pipeline",
-        config.parallel.virtual_pipeline,
-        # Megatron's P2PCommunicator sends lengths to and receives them from both neighbours in one batch of
-        # operations, which cannot be told apart when both are the same process
-        "the interleaved schedule needs at least 3 stages: with 2, a stage's two neighbours are one process",
-        "set parallel.virtual_pipeline=1 or parallel.pipeline=3 or more",
-    )
-    _require(
-        config.evaluation.every_n_steps == 0 or config.evaluation.path is not None,
-        "evaluation.path",
-        config.evaluation.path,
-        "accuracy while training needs a data set with answers",
-        "give evaluation.path=DIRECTORY or set evaluation.every_n_steps=0",
-    )
-    sequence_ok = not config.parallel.sequence or config.parallel.tensor > 1
-    _require(
-        sequence_ok,
-        "parallel.sequence",
-        config.parallel.sequence,
-        "sequence parallelism splits along a tensor-parallel group, and parallel.tensor=1",
-        "set parallel.sequence=false or parallel.tensor=2 or more",
-    )

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises: option, value, rule, remedy, on one line."""
+"""What ends a run with one line: a user's mistake (option, value, rule, remedy), or a fault no option can mend."""
 
 from __future__ import annotations
 
@@ -14,3 +14,7 @@ class OptionError(ValueError):
     def __reduce__(self):
         """Keep the four parts when the error crosses a process boundary (data workers)."""
         return OptionError, (self.option, self.value, self.rule, self.remedy)
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, through no option of the user's; recipes print the message and exit with code 1."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.energon import SavableDataLoader
 from nemo.core import ModelPT
-from nemo.utils import logging
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
+from nemo_vopd.data.loader_state import restore_position, save_position
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.distill.fused import fused_linear_jsd
@@ -24,6 +27,7 @@ from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.gap import load_answered, measure_gap
 from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore.checkpoint import Shards
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
 from nemo_vopd.mcore.stage import Stage
@@ -31,8 +35,11 @@ from nemo_vopd.mcore.weights import ShardedWeights
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
 from nemo_vopd.rollout.replay import ReplayEngine, dump, to_record
-from nemo_vopd.runtime.metrics import MetricsFile, Timers
-from nemo_vopd.vlm import build_vlm
+from nemo_vopd.runtime.checkpointer import Checkpointer
+from nemo_vopd.runtime.control import FINISHED, RunControl
+from nemo_vopd.runtime.metrics import Timers, keep_lines_before
+from nemo_vopd.runtime.reporting import Reporter
+from nemo_vopd.vlm import build_vlm, shape_of
 
 
 class VisionOPDModel(ModelPT):
@@ -46,6 +53,7 @@ class VisionOPDModel(ModelPT):
         self.config, self.groups = config, groups
         self.processor = Processor.from_pretrained(config.model.hf_path)
         _check_support(config, self.processor.vocab_size)
+        self.shape = shape_of(config)
 
         self.student = build_vlm(config, groups)
         self.student_ddp = wrap_ddp(self.student.chunks, groups)
@@ -55,20 +63,25 @@ class VisionOPDModel(ModelPT):
         self.teacher_model, self.teacher = self._build_teacher()
         self.engine = self._build_engine()
         self.timers = Timers()
-        self.metrics_file: MetricsFile | None = None
-        self.evaluation_file: MetricsFile | None = None
+        self.reporter = Reporter(Path(config.exp_manager["exp_dir"]), groups, config.data.max_dropped_fraction)
+        self.checkpointer = Checkpointer(config)
+        self.control = RunControl(config)
+        self.loader: SavableDataLoader | None = None
+        self._loader_position: bytes | None = None
+        self._prompts: Iterator[PromptBatch] | None = None
         self._evaluation_samples: list[Sample] | None = None
-        self._reasons_told: set[str] = set()
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One optimizer step on the prompts of `batch`: roll out, score twice, pull the student to the teacher."""
+    def training_step(self, dataloader_iter: Iterator) -> None:
+        """One optimizer step on the next prompts: roll out, score twice, pull the student to the teacher."""
         step = self.trainer.global_step
+        with self.timers("data"):
+            batch: PromptBatch = next(dataloader_iter)[0]
 
         # 1. The student answers from the full image (on-policy).
         with self.timers("rollout"):
             rollouts = self.engine.generate(batch.samples, step)
             self._dump(rollouts, step)
-            rollouts, num_dropped = self._drop_unusable(rollouts)
+            rollouts, unusable = self._drop_unusable(rollouts)
         students, teachers = self._microbatches(rollouts)
 
         # 2. The teacher reads the same responses beside the crop; only hidden states of response rows are kept.
@@ -82,21 +95,29 @@ class VisionOPDModel(ModelPT):
             self.student_optimizer.zero_grad()
             loss = self._loss(students, teacher_hidden)
             statistics = student_pass(self.student, self.student_ddp, students, loss, self.groups)
-        metrics = self._reduce(statistics, len(rollouts), len(batch.dropped), num_dropped)
+        metrics = self.reporter.reduce(statistics, rollouts, batch, unusable)
 
         # 4. The student moves, then the teacher follows; without a token or a finite gradient neither does.
         with self.timers("optimizer"):
             lr = learning_rate(step, self.config.optimizer, self.config.trainer.max_steps)
-            updated, grad_norm = self.student_optimizer.step(lr) if metrics["num_response_tokens"] else (False, 0.0)
+            updated, grad_norm = self._update(metrics, lr)
             if updated:
                 self.teacher.update(step)
                 self.engine.sync_weights()
             self.optimizers().step()  # type: ignore[union-attr]  # Lightning counts the step
 
-        self._warn_of_dropped(batch)
-        self._report(
-            {"step": step, **metrics, "grad_norm": grad_norm, "lr": lr, "num_skipped_updates": int(not updated)}
-        )
+        self._report({"step": step, **metrics, "grad_norm": grad_norm, "lr": lr, "num_skipped_updates": 1 - updated})
+        self.reporter.tell_dropped(step, metrics, batch, unusable)
+        self.control.count_update(updated, metrics["num_response_tokens"], self.checkpointer.last)
+        self.control.watch(metrics)
+
+    def _update(self, metrics: dict, lr: float) -> tuple[bool, float]:
+        """(whether the student moved, gradient norm); every rank sees the same numbers and does the same."""
+        if not metrics["num_response_tokens"]:
+            return False, 0.0
+        if not math.isfinite(metrics["loss"]):
+            return False, math.nan
+        return self.student_optimizer.step(lr)
 
     def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]):
         """The loss function of `student_pass`: divergence sum, token count and statistics of one microbatch."""
@@ -143,11 +164,13 @@ class VisionOPDModel(ModelPT):
             teachers.append(collate(group, [r.sample.teacher for r in group], pad, pad_multiple).to(device))
         return students, teachers
 
-    def _drop_unusable(self, rollouts: list[Rollout]) -> tuple[list[Rollout], int]:
-        """Rollouts without image or video ids, which could not be scored, and the number of the others."""
+    def _drop_unusable(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
+        """(usable, unusable) rollouts: a response with an image or video id could not be scored."""
         forbidden = torch.tensor(self.processor.forbidden_token_ids)
-        kept = [rollout for rollout in rollouts if not torch.isin(rollout.token_ids, forbidden).any()]
-        return kept, len(rollouts) - len(kept)
+        parts: tuple[list[Rollout], list[Rollout]] = ([], [])
+        for rollout in rollouts:
+            parts[int(torch.isin(rollout.token_ids, forbidden).any())].append(rollout)
+        return parts
 
     def _dump(self, rollouts: list[Rollout], step: int) -> None:
         """Write the rollouts of all data-parallel ranks when `rollout.dump_path` asks for it."""
@@ -160,48 +183,15 @@ class VisionOPDModel(ModelPT):
         if parallel.is_rank_zero():
             dump(path, [record for records in gathered for record in records], step)
 
-    def _reduce(
-        self, statistics: list[Tensor], num_responses: int, num_dropped_samples: int, num_dropped_responses: int
-    ) -> dict[str, float]:
-        """Sum statistics and counts of this step over all ranks, once, and turn them into means over tokens."""
-        sums = torch.zeros(_NUM_SUMS + 3, dtype=torch.float64, device=cpu.device())
-        if parallel.is_last_stage(self.groups):  # the other stages have no statistics and would count twice
-            sums[:_NUM_SUMS] = torch.stack(statistics).double().sum(0)
-            sums[_NUM_SUMS:] = torch.tensor([num_responses, num_dropped_samples, num_dropped_responses])
-        dist.all_reduce(sums, group=self.groups.dp_cp)
-        dist.all_reduce(sums, group=self.groups.pp)
-        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, *counts = sums.tolist()
-        num = max(tokens, 1.0)
-        return {
-            "loss": loss / num,
-            "num_response_tokens": int(tokens),
-            "num_responses": int(counts[0]),
-            "num_dropped_samples": int(counts[1]),
-            "num_dropped_responses": int(counts[2]),
-            "mean_response_length": tokens / max(counts[0], 1.0),
-            "divergence": divergence / num,
-            "teacher_topk_mass": teacher_mass / num,
-            "student_topk_mass": student_mass / num,
-            "importance_weight_mean": importance / num,
-            "entropy": entropy / num,
-        }
-
-    def _report(self, metrics: dict[str, float]) -> None:
+    def _report(self, metrics: dict) -> None:
         """Write metrics.jsonl, TensorBoard and the progress line."""
         seconds = self.timers.pop()
         metrics = {**metrics, **seconds, "tokens_per_second": metrics["num_response_tokens"] / seconds["seconds_step"]}
-        if self.metrics_file is not None:
-            self.metrics_file.write(metrics)
+        self.reporter.write("metrics", metrics)
         for name, value in metrics.items():
-            shown = name in ("loss", "mean_response_length", "tokens_per_second")
-            self.log(name, float(value), prog_bar=shown, rank_zero_only=True)
-
-    def _warn_of_dropped(self, batch: PromptBatch) -> None:
-        """Say once for each reason that, and which, a record cannot be used; metrics count all of them."""
-        for sample in batch.dropped:
-            if sample.reason not in self._reasons_told:
-                self._reasons_told.add(sample.reason)
-                logging.warning("dropped sample %s: %s (%s)", sample.id, sample.reason, sample.detail)
+            if not isinstance(value, dict):
+                shown = name in ("loss", "mean_response_length", "tokens_per_second")
+                self.log(name, float(value), prog_bar=shown, rank_zero_only=True, batch_size=1)
 
     def _build_teacher(self) -> tuple[Stage, Teacher]:
         """The module that scores the crop view and the rule by which its weights follow."""
@@ -240,9 +230,11 @@ class VisionOPDModel(ModelPT):
         )
 
     def train_dataloader(self) -> Iterator[PromptBatch]:
-        """This data-parallel rank's prompts of each global batch, without end."""
+        """This data-parallel rank's prompts of each global batch, without end; the same iterator at every call."""
+        if self._prompts is not None:  # NeMo asks for it once more than Lightning
+            return self._prompts
         dp = self.groups.dp_cp
-        loader = build_train_loader(
+        self.loader = build_train_loader(
             self.config.data,
             self.config.distill.teacher_view,
             self.processor,
@@ -250,24 +242,70 @@ class VisionOPDModel(ModelPT):
             dp_rank=dp.rank(),
             dp_size=dp.size(),
         )
+        if self._loader_position is not None:
+            restore_position(self.loader, self._loader_position)
         # an iterator has no length: Lightning would end an epoch, and restart the loader, after each pass
-        return iter(loader)
+        self._prompts = iter(self.loader)
+        return self._prompts
 
     def on_train_start(self) -> None:
-        """Open the metrics file on rank 0, from the step the run starts at."""
+        """Open the files, from the step the run starts at, and measure the starting point."""
         super().on_train_start()
-        folder = Path(self.config.exp_manager["exp_dir"])
-        if parallel.is_rank_zero():
-            self.metrics_file = MetricsFile(folder / "metrics.jsonl", self.trainer.global_step)
-            self.evaluation_file = MetricsFile(folder / "evaluations.jsonl", self.trainer.global_step)
+        step = self.trainer.global_step
+        self.reporter.open(step)
+        if self.config.rollout.dump_path is not None and parallel.is_rank_zero() and step > 0:
+            keep_lines_before(Path(self.config.rollout.dump_path), step)
+        self.control.write_status("running", step, self.checkpointer.last)
         self.timers = Timers()
-
-        self._evaluate(self.trainer.global_step)
+        self._evaluate(step)
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
-        """Measure accuracy on both views where `evaluation.every_n_steps` asks for it."""
+        """Between two steps: measure accuracy where it is due, save, and stop when there is a reason to."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
-        self._evaluate(self.trainer.global_step)
+        step = self.trainer.global_step
+        self._evaluate(step)
+        self.checkpointer.finish(wait=False)
+        reason = self.control.stop_reason(step)
+        to_resume = reason is not None and (self.config.checkpoint.every_n_steps > 0 or reason not in FINISHED)
+        if to_resume or self.checkpointer.due(step):
+            self.checkpointer.save(self, wait=reason is not None)
+        if reason is not None:
+            self.checkpointer.finish(wait=True)
+            self.control.write_status(reason, step, self.checkpointer.last)
+            self.trainer.should_stop = True
+
+    def sharded_state(self) -> dict[str, Shards]:
+        """The float32 tensors that survive a restart: student, both moments of Adam, teacher."""
+        names = {parameter: name for name, parameter in self.student.named_parameters()}
+        kinds = {
+            kind: {names[parameter]: shard for parameter, shard in shards.items()}
+            for kind, shards in self.student_optimizer.state_shards().items()
+        }
+        starts = {name: start for name, (_, start) in kinds["student"].items()}
+        if self.teacher.shards:
+            kinds["teacher"] = {name: (shard, starts[name]) for name, shard in self.teacher.shards.items()}
+        return kinds
+
+    def state(self) -> dict[str, Any]:
+        """Everything else that survives a restart (generators are added by `Checkpointer`)."""
+        assert self.loader is not None
+        return {
+            "step": self.trainer.global_step,
+            "num_updates": self.student_optimizer.num_updates,
+            "loader": torch.frombuffer(bytearray(save_position(self.loader)), dtype=torch.uint8),
+            "reporter": self.reporter.state(),
+            "control": self.control.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state` and from the tensors that were read into `sharded_state`."""
+        self.student_optimizer.restored(state["num_updates"])
+        self.teacher.restored()
+        self._loader_position = state["loader"].numpy().tobytes()
+        self.reporter.restore(state["reporter"])
+        self.control.restore(state["control"])
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total  # global_step
+        steps.ready = steps.completed = state["step"]
 
     def _evaluate(self, step: int) -> None:
         options = self.config.evaluation
@@ -280,9 +318,9 @@ class VisionOPDModel(ModelPT):
         rollout = self.config.rollout
         decoder = Decoder(self.student, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)
         gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)
-        if self.evaluation_file is not None:
-            accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
-            self.evaluation_file.write({"step": step, **accuracies})
+        accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
+        self.reporter.write("evaluations", {"step": step, **accuracies})
+        self.control.watch(accuracies)
         self.timers.pop()  # evaluation is not part of the next step
 
     def configure_optimizers(self):
@@ -303,10 +341,6 @@ class VisionOPDModel(ModelPT):
     def list_available_models(cls):
         """Required by ModelPT: there are no pretrained models to list."""
         return []
-
-
-_NUM_SUMS = 8
-"""Loss, tokens and the six fields of TokenStats."""
 
 
 def _check_support(config: Config, vocab_size: int) -> None:

@@ -16,9 +16,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.config import Config, from_hydra
+from nemo_vopd.config import Config
 from nemo_vopd.data.assets import ensure_tiny_assets
 from nemo_vopd.errors import OptionError
+from nemo_vopd.validation import from_hydra
 
 
 @dataclasses.dataclass

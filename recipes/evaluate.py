@@ -14,8 +14,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.config import Config, from_hydra
+from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
+from nemo_vopd.validation import from_hydra
 
 
 @dataclasses.dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.config import from_hydra
 from nemo_vopd.data.assets import ensure_tiny_assets
+from nemo_vopd.validation import from_hydra
 
 
 def main(cfg: DictConfig) -> None:

@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 
 from nemo_vopd.batch import Rollout
 from nemo_vopd.cli import CONF
-from nemo_vopd.config import Config, from_hydra
+from nemo_vopd.config import Config
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import build_train_loader
+from nemo_vopd.validation import from_hydra
 
 
 def tiny_config(assets: Path, exp_dir: Path, *overrides: str) -> Config:

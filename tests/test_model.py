@@ -68,16 +68,31 @@ def test_a_step_without_any_token_is_reported_and_the_run_goes_on(assets, tmp_pa
     run_distributed(train_and_collect, 2, replay(assets, tmp_path / "run", tmp_path / "r.jsonl", 2))
     empty, full = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert empty["num_response_tokens"] == empty["loss"] == empty["grad_norm"] == 0
+    told = read_lines(tmp_path / "run" / "dropped.jsonl")
+    assert [(entry["step"], entry["reason"]) for entry in told] == [(0, "vision_token_in_response")] * 16
     assert empty["num_dropped_responses"] == 16 and full["num_dropped_responses"] == 0
     assert empty["num_skipped_updates"] == 1 and full["num_skipped_updates"] == 0
     assert full["num_response_tokens"] > 0 and full["loss"] > 0
 
 
 def test_unusable_records_of_all_ranks_are_counted(assets, tmp_path):
-    config = tiny_config(assets, tmp_path / "run", "data.max_prompt_length=1", "trainer.max_steps=1")
+    config = tiny_config(
+        assets, tmp_path / "run", "data.max_prompt_length=1", "trainer.max_steps=1", "data.max_dropped_fraction=1"
+    )
     run_distributed(train_and_collect, 2, config)
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert line["num_dropped_samples"] == 8 and line["num_responses"] == line["num_response_tokens"] == 0
+    assert line["dropped_by_reason"] == {"overlong_prompt": 8}
+    told = read_lines(tmp_path / "run" / "dropped.jsonl")
+    assert len({entry["id"] for entry in told}) == 8
+    assert all(entry["reason"] == "overlong_prompt" and "max_prompt_length=1" in entry["detail"] for entry in told)
+
+
+def test_too_many_unusable_records_end_the_run_on_every_rank(assets, tmp_path):
+    config = tiny_config(assets, tmp_path / "run", "data.max_prompt_length=1", "trainer.max_steps=9")
+    with pytest.raises(RuntimeError, match=r"max_dropped_fraction=0.1: was exceeded: 8 of 8 .*overlong_prompt 8"):
+        run_distributed(train_and_collect, 2, config)
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 def test_a_non_finite_gradient_on_one_rank_moves_neither_student_nor_teacher(assets, tmp_path):
@@ -152,6 +167,7 @@ def test_metrics_describe_the_step(assets, tmp_path):
             train_and_collect, size, replay(assets, folder, tmp_path / "r.jsonl", 1, "distill.top_k=10", *overrides)
         )
         (line,) = read_lines(folder / "metrics.jsonl")
+        assert line.pop("dropped_by_reason") == {}
         lines.append({k: v for k, v in line.items() if "seconds" not in k and k != "tokens_per_second"})
     tokens = sum(r.token_ids.numel() for r in steps[0])
     assert lines[0]["num_response_tokens"] == tokens and lines[0]["num_responses"] == 16

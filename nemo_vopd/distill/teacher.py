@@ -50,13 +50,6 @@ class Teacher:
             torch._foreach_lerp_(list(self.shards.values()), list(self.main.values()), rate)
         self._publish(self.shards)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The float32 shards of this rank by parameter name."""
-        return self.shards
-
-    @torch.no_grad()
-    def load_state_dict(self, shards: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave (same layout) and publish it."""
-        for name, shard in self.shards.items():
-            shard.copy_(shards[name])
+    def restored(self) -> None:
+        """After `shards` were filled in place from a checkpoint: publish them."""
         self._publish(self.shards)

@@ -44,7 +44,7 @@ class Optimizer:
         bf16: bool,
     ) -> None:
         """Take over the parameters of `ddp`. Weight decay applies to all of them, as in the published run."""
-        self.ddp, self.options = ddp, options
+        self.ddp, self.options, self.num_updates = ddp, options, 0
         config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=options.lr,
@@ -82,10 +82,45 @@ class Optimizer:
             for part in self._parts():
                 clip_grad_by_total_norm_fp32(list(part.get_parameters()), self.options.clip_grad, grad_norm)
         self.megatron.step_with_ready_grads()
+        self.num_updates += 1
         return True, grad_norm
 
     def _parts(self) -> list[DistributedOptimizer]:
         return self.megatron.chained_optimizers  # type: ignore[attr-defined]
+
+    def state_shards(self) -> dict[str, dict[torch.nn.Parameter, tuple[Tensor, int]]]:
+        """All float32 state as `main_shards` gives it: `student`, `exp_avg`, `exp_avg_sq` (made where missing)."""
+        main = self.main_shards()
+        states: dict[torch.nn.Parameter, dict[str, Any]] = {}
+        for part in self._parts():
+            inner: Any = part.optimizer
+            for parameter, (shard, _) in main.items():
+                if parameter in part.model_param_group_index_map:
+                    group, order = part.model_param_group_index_map[parameter]
+                    own = inner.param_groups[group]["params"][order]
+                    state = states[parameter] = inner.state[own]
+                    if "exp_avg" not in state:
+                        state.update(exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard))
+                        if isinstance(inner, torch.optim.Adam):  # Transformer Engine and apex count in the group
+                            state["step"] = torch.tensor(0.0)
+        moments = {kind: {p: (states[p][kind], start) for p, (_, start) in main.items()} for kind in _MOMENTS}
+        return {"student": main, **moments}
+
+    @torch.no_grad()
+    def restored(self, num_updates: int) -> None:
+        """After the tensors of `state_shards` were filled in place: count on from `num_updates`, publish weights."""
+        self.num_updates = num_updates
+        for part in self._parts():
+            inner: Any = part.optimizer
+            for state in inner.state.values():
+                if "step" in state:
+                    state["step"].fill_(num_updates)
+            if not isinstance(inner, torch.optim.Adam):
+                for group in inner.param_groups:
+                    group["step"] = num_updates
+            part._copy_main_params_to_model_params()
+        for chunk in self.ddp:
+            chunk.start_param_sync(force_sync=True)
 
     def main_shards(self) -> dict[torch.nn.Parameter, tuple[Tensor, int]]:
         """This rank's part of the float32 main weights: parameter -> (flat shard, its start within the parameter).
@@ -104,6 +139,9 @@ class Optimizer:
                         start = part._get_model_param_range_map(parameter)["param"].start
                         shards[parameter] = (main, start)
         return shards
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from nemo_vopd.batch import Rollout
+
 
 class Timers:
     """Wall-clock seconds of each phase of a step."""
@@ -49,18 +51,35 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and first_step == 0:
             path.replace(path.with_name(path.name + ".previous"))
-        kept = []
-        if path.exists() and first_step > 0:
-            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        keep_lines_before(path, first_step)
         self._file = path.open("a", buffering=1)
 
-    def write(self, metrics: dict[str, float]) -> None:
+    def write(self, metrics: dict) -> None:
         """Append one line; non-finite numbers become null, which JSON can hold."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self._file.write(json.dumps(clean) + "\n")
+
+
+def keep_lines_before(path: Path, step: int) -> None:
+    """Leave only the lines of the JSONL file `path` whose "step" is below `step`; makes the file if there is none."""
+    kept = [line for line in path.read_text().splitlines() if _step(line) < step] if path.exists() else []
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def distinct_2(rollouts: list[Rollout]) -> tuple[float, int]:
+    """(sum over responses of distinct over all pairs of neighbouring tokens, number of responses with a pair).
+
+    The mean falls towards 0 when responses repeat themselves, the usual form of collapse.
+    """
+    total, num = 0.0, 0
+    for rollout in rollouts:
+        tokens = rollout.token_ids.tolist()
+        pairs = list(zip(tokens, tokens[1:], strict=False))
+        if pairs:
+            total, num = total + len(set(pairs)) / len(pairs), num + 1
+    return total, num
 
 
 def _step(line: str) -> float:
@@ -83,3 +102,7 @@ class ProgressBar(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        """Count the steps of the whole run, not those since it was resumed."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
 from nemo_vopd.vlm import check_model
@@ -32,14 +34,36 @@ def train(config: Config) -> VisionOPDModel:
         require_dataset(config.evaluation.path, "evaluation.path")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
     groups = parallel.initialize(config.parallel, seed=config.seed)
+    if parallel.is_rank_zero():
+        Checkpointer(config).folder.repair()
+    dist.barrier()
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
     start_experiment(trainer, config)
     if parallel.is_rank_zero():
         print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
+    # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
+    last, trainer.ckpt_path = trainer.ckpt_path, None
     model = VisionOPDModel(config, groups, trainer)
-    trainer.fit(model)
+    with model.control.signals:
+        step = 0 if last is None else model.checkpointer.restore(model, Path(last))
+        if parallel.is_rank_zero() and step:
+            print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
+        if step >= config.trainer.max_steps:
+            model.control.write_status("max_steps", step, model.checkpointer.last)
+        else:
+            trainer.fit(model)
+    _tell_end(model)
     return model
+
+
+def _tell_end(model: VisionOPDModel) -> None:
+    status = json.loads(model.control.status_file.read_text()) if parallel.is_rank_zero() else None
+    if status is None:
+        return
+    saved = f"; saved as {status['checkpoint']}" if status["checkpoint"] else ""
+    again = "" if status["finished"] else "; the same command resumes it"
+    print(f"ended after step {status['step']} of {status['max_steps']}: {status['reason']}{saved}{again}", flush=True)
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -69,7 +93,9 @@ def build_trainer(config: Config) -> Trainer:
 def start_experiment(trainer: Trainer, config: Config) -> None:
     """Hand logging over to NeMo's exp_manager, in `exp_dir`/logs: it moves the files it finds in its folder away."""
     options = copy.deepcopy(config.exp_manager)
-    options["explicit_log_dir"] = str(Path(options.pop("exp_dir")) / "logs")
+    folder = Path(options.pop("exp_dir"))
+    options["explicit_log_dir"] = str(folder / "logs")
+    options["checkpoint_callback_params"] = {"dirpath": str(folder / "checkpoints")}  # where exp_manager looks
     level = nemo_logging.getEffectiveLevel()
     nemo_logging.setLevel(nemo_logging.ERROR)  # exp_manager prints its whole schema
     exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]

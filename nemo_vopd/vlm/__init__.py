@@ -14,15 +14,20 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm.hf_weights import load_hf
-from nemo_vopd.vlm.layout import check_layout
+from nemo_vopd.vlm.layout import ModelShape, check_layout
 from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, model_shape, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def shape_of(config: Config) -> ModelShape:
+    """Sizes of the model in `config.model.hf_path`. Raises OptionError when it is no model we know."""
+    return model_shape(_hf_config(config))
+
+
 def check_model(config: Config) -> None:
     """Raise OptionError when `config.model.hf_path` is no model we know or the layout cannot divide it."""
-    check_layout(model_shape(_hf_config(config)), config.parallel)
+    check_layout(shape_of(config), config.parallel)
 
 
 def _hf_config(config: Config) -> Any:

@@ -1,0 +1,201 @@
+"""Saves a run and brings it back: sharded tensors through Megatron, the rest in one small file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import pickle
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from nemo.utils import logging
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_vopd.config import Config
+from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.mcore import checkpoint, cpu, parallel
+from nemo_vopd.mcore.rng import restore_rng, rng_state
+from nemo_vopd.runtime.checkpoints import CheckpointFolder, read_manifest, read_state, write_state
+
+if TYPE_CHECKING:
+    from nemo_vopd.model import VisionOPDModel
+
+_PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "megatron-energon", "transformers", "transformer-engine")
+_ORDER_OPTIONS = ("batch_size", "num_workers", "shuffle_buffer_size")
+"""Options of `data` that the order of samples depends on, besides the seed."""
+
+
+class Checkpointer:
+    """Writes complete checkpoints into `<exp_dir>/checkpoints`, at once or in the background."""
+
+    def __init__(self, config: Config) -> None:
+        """See `CheckpointConfig`."""
+        self.config, self.options = config, config.checkpoint
+        self.folder = CheckpointFolder(Path(config.exp_manager["exp_dir"]) / "checkpoints", self.options.keep_last)
+        self.last: Path | None = None
+        """The newest complete checkpoint that this process knows of."""
+        self._background = AsyncCallsQueue()
+
+    def due(self, step: int) -> bool:
+        """Whether `checkpoint.every_n_steps` asks for one after `step` steps."""
+        return self.options.every_n_steps > 0 and step % self.options.every_n_steps == 0
+
+    def save(self, model: VisionOPDModel, *, wait: bool) -> None:
+        """Save `model` as it stands between two steps; all ranks call it. `wait`: not in the background.
+
+        Raises RunError when it cannot be written; complete checkpoints stay as they are.
+        """
+        self.finish(wait=True)
+        step = model.trainer.global_step
+        if self.last is not None and self.last.name == f"step-{step:08d}":
+            return
+        tensors, state = model.sharded_state(), model.state()
+        states: list = [None] * dist.get_world_size()
+        dist.all_gather_object(states, rng_state())
+        try:
+            self._make_room(tensors, wait)
+            partial = _from_rank_zero(lambda: self.folder.begin())
+            background = self.options.asynchronous
+            request = checkpoint.save_request(tensors, model.student, model.groups, partial, background=background)
+            manifest = _manifest(self.config, model, step)
+            request.add_finalize_fn(lambda: self._commit(partial, manifest, {**state, "rng": states}))
+            if background and not wait:
+                self._background.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            self._failed(step, error)
+
+    def finish(self, *, wait: bool) -> None:
+        """Complete background saves whose writers are done on every rank; `wait` for them if asked."""
+        try:
+            self._background.maybe_finalize_async_calls(blocking=wait)
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            self._failed(None, error)
+
+    def _commit(self, partial: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+        """The last thing of a save, when every rank's files are on disk."""
+
+        def commit() -> Path:
+            write_state(partial, state)
+            return self.folder.commit(partial, manifest)
+
+        self.last = _from_rank_zero(commit)
+
+    def _make_room(self, tensors: dict[str, checkpoint.Shards], wait: bool) -> None:
+        """Raise OSError early, and on every rank, where the disk cannot take the checkpoint; older ones go first."""
+        numel = sum(flat.numel() for shards in tensors.values() for flat, _ in shards.values())
+        total = torch.tensor(4.0 * numel, dtype=torch.float64, device=cpu.device())
+        dist.all_reduce(total)  # replicas count twice: a little room to spare
+
+        def check() -> OSError | None:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            while (free := shutil.disk_usage(self.folder.path).free) < float(total):
+                if not self.folder.drop_oldest():
+                    return OSError(f"{float(total) / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free")
+            return None
+
+        error = _from_rank_zero(check)
+        if error is not None:
+            raise error
+
+    def _failed(self, step: int | None, error: BaseException) -> None:
+        what = "a background checkpoint" if step is None else f"the checkpoint of step {step}"
+        reason = str(error).strip().splitlines()[-1]
+        kept = f"{self.last} is complete" if self.last else "there is none before it"
+        raise RunError(
+            f"{what} could not be written to {self.folder.path}: {reason}; {kept}; "
+            "free space there or choose another exp_manager.exp_dir, then run the same command again"
+        ) from error
+
+    def restore(self, model: VisionOPDModel, path: Path) -> int:
+        """Bring `model` to the state saved in `path`, under any layout; returns the number of steps done.
+
+        Raises OptionError when that cannot be.
+        """
+        path = path.resolve()
+        manifest = _from_rank_zero(lambda: read_manifest(path))
+        _check_same_run(manifest, self.config, model)
+        state = read_state(path)
+        remedy = "delete that directory to resume from the one before it"
+        try:
+            checkpoint.check_metadata(path)
+            checkpoint.load(model.sharded_state(), model.student, model.groups, path)
+        except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
+        model.restore(state)
+        if manifest["layout"] == _layout(self.config):
+            restore_rng(state["rng"][dist.get_rank()])
+        else:  # draws depend on seed, step and sample alone; no generator is used in a step
+            logging.info("resuming in another layout: generators start from the seed")
+        self.last = path
+        return state["step"]
+
+
+def _from_rank_zero(function):
+    """`function()` of rank 0 on every rank; an exception there is raised everywhere."""
+    box: list = [None]
+    if parallel.is_rank_zero():
+        try:
+            box = [function()]
+        except Exception as error:
+            box = [_Failure(error)]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], _Failure):
+        raise box[0].error
+    return box[0]
+
+
+@dataclasses.dataclass
+class _Failure:
+    error: Exception
+
+
+def _layout(config: Config) -> dict[str, Any]:
+    return {"world_size": dist.get_world_size(), **dataclasses.asdict(config.parallel)}
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "versions": _versions(),
+        "layout": _layout(config),
+        "model": dataclasses.asdict(model.shape),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDModel) -> None:
+    """Raise OptionError where the options contradict what the checkpoint was written with."""
+    anew = "or start anew in another exp_manager.exp_dir"
+    shape = dataclasses.asdict(model.shape)
+    differs = [f"{key} {manifest['model'].get(key)}" for key in shape if shape[key] != manifest["model"].get(key)]
+    if differs:
+        rule = f"is another model than the checkpoint's, which has {', '.join(differs)}"
+        raise OptionError("model.hf_path", config.model.hf_path, rule, f"give the model of the first run, {anew}")
+    was = manifest["config"]
+    given = {f"data.{name}": (getattr(config.data, name), was["data"][name]) for name in _ORDER_OPTIONS}
+    given["seed"] = config.seed, was["seed"]
+    for option, (now, before) in given.items():
+        if now != before:
+            rule = f"the run to resume has {before}, and the order of samples depends on it"
+            raise OptionError(option, now, rule, f"set {option}={before}, {anew}")
+    if was["distill"]["teacher"]["kind"] == "current" != config.distill.teacher.kind:
+        rule = "the run to resume saved no teacher weights (kind=current)"
+        raise OptionError("distill.teacher.kind", config.distill.teacher.kind, rule, f"keep kind=current, {anew}")

@@ -1,0 +1,187 @@
+"""From Hydra to a checked `Config`: unknown keys, types, ranges and combinations. Values are never changed."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_vopd.config import Config
+from nemo_vopd.errors import OptionError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def from_hydra(cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
+    """The typed configuration of a composed Hydra config, validated. `schema` may extend `Config`."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
+    config: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[assignment]
+    validate(config)
+    return config
+
+
+def _require(ok: bool, option: str, value: object, rule: str, remedy: str) -> None:
+    if not ok:
+        raise OptionError(option, value, rule, remedy)
+
+
+def _at_least(minimum: float, **options: float) -> None:
+    for name, value in options.items():
+        option = name.replace("__", ".")
+        _require(value >= minimum, option, value, f"must be at least {minimum}", f"set {option}={minimum} or more")
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, option, value, f"must be one of {', '.join(choices)}", f"set {option}={choices[0]}")
+
+
+def validate(config: Config) -> None:
+    """Check ranges and choices that need neither the model nor the world size. Raises OptionError."""
+    rollout, distill, data, optimizer = config.rollout, config.distill, config.data, config.optimizer
+    _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
+    _one_of("rollout.engine", rollout.engine, ("megatron", "replay"))
+    _one_of("distill.teacher_view", distill.teacher_view, ("crop", "full", "full_and_crop", "boxed"))
+    _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
+    _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
+    _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
+    _at_least(
+        1,
+        num_nodes=config.num_nodes,
+        parallel__tensor=config.parallel.tensor,
+        parallel__pipeline=config.parallel.pipeline,
+        parallel__virtual_pipeline=config.parallel.virtual_pipeline,
+        data__batch_size=data.batch_size,
+        data__max_prompt_length=data.max_prompt_length,
+        data__shuffle_buffer_size=data.shuffle_buffer_size,
+        data__crop__scale=data.crop.scale,
+        data__crop__min_side=data.crop.min_side,
+        rollout__n=rollout.n,
+        rollout__max_response_length=rollout.max_response_length,
+        rollout__max_batch_tokens=rollout.max_batch_tokens,
+        distill__chunk_tokens=distill.chunk_tokens or 1,
+        distill__teacher__every=distill.teacher.every,
+        trainer__max_steps=config.trainer.max_steps,
+        trainer__max_tokens_per_microbatch=config.trainer.max_tokens_per_microbatch,
+        trainer__max_skipped_updates=config.trainer.max_skipped_updates,
+        trainer__log_every_n_steps=config.trainer.log_every_n_steps,
+        checkpoint__keep_last=config.checkpoint.keep_last,
+        distill__early_stop__patience=distill.early_stop.patience,
+    )
+    _at_least(
+        0,
+        seed=config.seed,
+        data__num_workers=data.num_workers,
+        optimizer__lr=optimizer.lr,
+        optimizer__min_lr=optimizer.min_lr,
+        optimizer__weight_decay=optimizer.weight_decay,
+        optimizer__clip_grad=optimizer.clip_grad,
+        optimizer__warmup_steps=optimizer.warmup_steps,
+        checkpoint__every_n_steps=config.checkpoint.every_n_steps,
+        evaluation__every_n_steps=config.evaluation.every_n_steps,
+        evaluation__num_samples=config.evaluation.num_samples,
+    )
+    for name, view in (("full", data.full), ("crop_pixels", data.crop_pixels)):
+        _require(
+            1 <= view.min_pixels <= view.max_pixels,
+            f"data.{name}.min_pixels",
+            view.min_pixels,
+            f"must lie between 1 and data.{name}.max_pixels={view.max_pixels}",
+            f"lower it or raise data.{name}.max_pixels",
+        )
+    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "must be positive", "set it to 1.0")
+    _require(0 < rollout.top_p <= 1, "rollout.top_p", rollout.top_p, "must lie in (0, 1]", "set it to 1.0")
+    fraction = data.max_dropped_fraction
+    _require(0 <= fraction <= 1, "data.max_dropped_fraction", fraction, "must lie in [0, 1]", "set it to 0.1")
+    seconds(config.trainer.max_time)
+    _check_early_stop(config)
+    _require(0 <= distill.alpha <= 1, "distill.alpha", distill.alpha, "must lie in [0, 1]", "set it to 0.5")
+    if distill.top_k is not None:
+        _at_least(1, distill__top_k=distill.top_k)
+    for name, value in (("rate", distill.teacher.rate), ("mix", distill.teacher.mix)):
+        _require(0 <= value <= 1, f"distill.teacher.{name}", value, "must lie in [0, 1]", "set it to 0.05")
+    if distill.importance.max_weight is not None:
+        weight = distill.importance.max_weight
+        _require(weight > 0, "distill.importance.max_weight", weight, "must be positive or null", "set it to 2.0")
+    _require(
+        not config.exp_manager.get("create_checkpoint_callback", False),
+        "exp_manager.create_checkpoint_callback",
+        True,
+        "NeMo's callback knows neither the teacher nor the loader; checkpoints are written by this program",
+        "set exp_manager.create_checkpoint_callback=false and checkpoint.every_n_steps",
+    )
+    if rollout.engine == "replay":
+        _require(
+            rollout.path is not None,
+            "rollout.path",
+            rollout.path,
+            "rollout=replay reads responses from a file",
+            "give rollout.path=FILE, a file that rollout.dump_path wrote",
+        )
+    _require(
+        config.parallel.context == 1,
+        "parallel.context",
+        config.parallel.context,
+        "a sequence is not split over ranks: attention here is causal over whole right-padded sequences",
+        "set parallel.context=1 and divide with parallel.tensor, parallel.sequence and parallel.pipeline",
+    )
+    _require(
+        config.parallel.virtual_pipeline == 1 or config.parallel.pipeline > 2,
+        "parallel.virtual_pipeline",
+        config.parallel.virtual_pipeline,
+        # Megatron's P2PCommunicator sends lengths to and receives them from both neighbours in one batch of
+        # operations, which cannot be told apart when both are the same process
+        "the interleaved schedule needs at least 3 stages: with 2, a stage's two neighbours are one process",
+        "set parallel.virtual_pipeline=1 or parallel.pipeline=3 or more",
+    )
+    _require(
+        config.evaluation.every_n_steps == 0 or config.evaluation.path is not None,
+        "evaluation.path",
+        config.evaluation.path,
+        "accuracy while training needs a data set with answers",
+        "give evaluation.path=DIRECTORY or set evaluation.every_n_steps=0",
+    )
+    sequence_ok = not config.parallel.sequence or config.parallel.tensor > 1
+    _require(
+        sequence_ok,
+        "parallel.sequence",
+        config.parallel.sequence,
+        "sequence parallelism splits along a tensor-parallel group, and parallel.tensor=1",
+        "set parallel.sequence=false or parallel.tensor=2 or more",
+    )
+
+
+MONITORS = ("entropy", "mean_response_length", "distinct_2", "student_topk_mass", "full_accuracy", "crop_accuracy")
+
+
+def _check_early_stop(config: Config) -> None:
+    rule = config.distill.early_stop
+    if rule.metric is None:
+        return
+    _one_of("distill.early_stop.metric", rule.metric, MONITORS)
+    _require(
+        rule.min is not None or rule.max is not None,
+        "distill.early_stop.metric",
+        rule.metric,
+        "has no limit to compare with",
+        "give distill.early_stop.min or distill.early_stop.max",
+    )
+    _require(
+        not rule.metric.endswith("_accuracy") or config.evaluation.every_n_steps > 0,
+        "distill.early_stop.metric",
+        rule.metric,
+        "is not measured in this run",
+        "give evaluation.path and evaluation.every_n_steps",
+    )
+
+
+def seconds(max_time: str | None) -> float | None:
+    """Seconds of `trainer.max_time` (DD:HH:MM:SS). Raises OptionError."""
+    if max_time is None:
+        return None
+    parts = max_time.split(":")
+    ok = len(parts) == 4 and all(part.isdigit() for part in parts)
+    _require(ok, "trainer.max_time", max_time, "must be DD:HH:MM:SS", "write 00:03:45:00 for 3 hours 45 minutes")
+    days, hours, minutes, rest = map(int, parts)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
