@@ -13,13 +13,14 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.energon import SavableDataLoader
+from megatron.energon.savable_loader import SavableDataLoaderState
 from nemo.core import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
-from nemo_vopd.data.loader_state import restore_position, save_position
+from nemo_vopd.data.loader_state import read_position, save_position
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.distill.fused import fused_linear_jsd
@@ -67,7 +68,7 @@ class VisionOPDModel(ModelPT):
         self.checkpointer = Checkpointer(config)
         self.control = RunControl(config)
         self.loader: SavableDataLoader | None = None
-        self._loader_position: bytes | None = None
+        self._loader_position: SavableDataLoaderState | None = None
         self._prompts: Iterator[PromptBatch] | None = None
         self._evaluation_samples: list[Sample] | None = None
 
@@ -243,7 +244,7 @@ class VisionOPDModel(ModelPT):
             dp_size=dp.size(),
         )
         if self._loader_position is not None:
-            restore_position(self.loader, self._loader_position)
+            self.loader.restore_state_rank(self._loader_position)
         # an iterator has no length: Lightning would end an epoch, and restart the loader, after each pass
         self._prompts = iter(self.loader)
         return self._prompts
@@ -301,7 +302,7 @@ class VisionOPDModel(ModelPT):
         """Continue from `state` and from the tensors that were read into `sharded_state`."""
         self.student_optimizer.restored(state["num_updates"])
         self.teacher.restored()
-        self._loader_position = state["loader"].numpy().tobytes()
+        self._loader_position = read_position(state["loader"].numpy().tobytes())
         self.reporter.restore(state["reporter"])
         self.control.restore(state["control"])
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total  # global_step

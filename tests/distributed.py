@@ -20,22 +20,31 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
+def start_distributed(function: Callable, world_size: int, *args: Any, results: Any = None) -> list[Any]:
+    """Start `function(*args)` on ranks 0 .. world_size-1 and return the processes, for tests that end them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = results or _CONTEXT.Queue()
+    # not daemonic: loaders and checkpoint writers are child processes
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, port, results))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+        process.results = results  # its semaphores live as long as this process knows the queue
+    return ranks
+
+
 def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` on ranks 0 .. world_size-1 and return their results in the order of the ranks.
 
     `function` is a top-level function of an importable module; results are pickled. An exception in any rank
     raises here with that rank's traceback; after `timeout` seconds the group is killed and TimeoutError raised.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     results = _CONTEXT.Queue()
-    ranks = [
-        _CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, port, results), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
+    ranks = start_distributed(function, world_size, *args, results=results)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:

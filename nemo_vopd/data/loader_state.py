@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +48,9 @@ def save_position(loader: SavableDataLoader) -> bytes:
     return buffer.getvalue()
 
 
-def restore_position(loader: SavableDataLoader, position: bytes) -> None:
-    """Let the next iteration of `loader` continue at `position`; the loader must have the same options and data.
+def read_position(position: bytes) -> Any:
+    """What `loader.restore_state_rank` takes, from `save_position` of a loader of the same options and data.
 
-    Raises pickle.UnpicklingError when `position` holds anything but the loader's state.
+    Raises pickle.UnpicklingError when `position` holds anything but the state of a loader.
     """
-    loader.restore_state_rank(safe_pickle.loads(position, _ALLOWED))
+    return safe_pickle.loads(position, _ALLOWED)

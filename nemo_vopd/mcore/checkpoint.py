@@ -8,7 +8,9 @@ gathered, and a reader with other sizes of parallelism asks for other rectangles
 
 from __future__ import annotations
 
+import pickle
 import queue
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,22 +100,41 @@ def sharded_state(
     return result
 
 
-def save_request(
-    kinds: dict[str, Shards], stage: Stage, groups: ProcessGroupCollection, folder: Path, *, background: bool = False
-) -> AsyncRequest:
+def save_request(kinds: dict[str, Shards], stage: Stage, groups: ProcessGroupCollection, folder: Path) -> AsyncRequest:
     """Plan the save of `kinds` into the existing, empty `folder`; every rank calls it.
 
-    `execute_sync()` of the result writes at once; Megatron's AsyncCallsQueue writes it in the `background`.
+    `execute_sync()` of the result writes at once; Megatron's AsyncCallsQueue writes it in the background.
     """
-    if not background:
-        # Megatron hands results over through a manager process that takes seconds to spawn, imports the user's main
-        # module again and outlives a killed rank; within one process a plain queue does
-        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    filesystem_async._results_queue = _ResultsFile()  # type: ignore[assignment]
     state = sharded_state(kinds, stage, groups)
     # coverage without overlap is checked by the planner (for every rectangle, on rank 0)
     request = dist_checkpointing.save(state, str(folder), validate_access_integrity=False, async_sharded_save=True)
     assert request is not None
     return request
+
+
+class _ResultsFile:
+    """How the writer process tells this one what it wrote: through a private temporary file.
+
+    Megatron uses the queue of a manager process, which takes seconds to spawn, imports the user's main module again
+    and outlives a killed rank.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="nemo_vopd-")
+        self._file = Path(self._folder.name) / "results"
+
+    def put(self, results: object) -> None:
+        """Called once, by the writer."""
+        self._file.write_bytes(pickle.dumps(results))
+
+    def get_nowait(self) -> object:
+        """Called once the writer has ended."""
+        if not self._file.exists():
+            raise queue.Empty
+        results = pickle.loads(self._file.read_bytes())
+        self._folder.cleanup()
+        return results
 
 
 @torch.no_grad()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
     """
     cpu.activate()
     if not dist.is_initialized():
+        if sys.platform == "linux":
+            os.register_at_fork(after_in_child=_end_with_parent)
         rank, world, local = _environment()
         if torch.cuda.is_available():
             torch.cuda.set_device(local)
@@ -49,6 +54,14 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _end_with_parent() -> None:
+    """In a loader or checkpoint process: ask Linux to end it with its rank, also when that is killed.
+
+    Otherwise it would stay, and with it the rank's open connections: the other ranks would wait for a dead one.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def check_world(parallel: ParallelConfig, world_size: int) -> None:

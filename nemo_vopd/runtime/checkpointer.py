@@ -60,15 +60,16 @@ class Checkpointer:
         try:
             self._make_room(tensors, wait)
             partial = _from_rank_zero(lambda: self.folder.begin())
-            background = self.options.asynchronous
-            request = checkpoint.save_request(tensors, model.student, model.groups, partial, background=background)
+            request = checkpoint.save_request(tensors, model.student, model.groups, partial)
             manifest = _manifest(self.config, model, step)
             request.add_finalize_fn(lambda: self._commit(partial, manifest, {**state, "rng": states}))
-            if background and not wait:
+            if self.options.asynchronous and not wait:
                 self._background.schedule_async_request(request)
             else:
                 request.execute_sync()
         except (CheckpointException, CheckpointingException, OSError) as error:
+            if parallel.is_rank_zero():
+                self.folder.repair()  # make room again
             self._failed(step, error)
 
     def finish(self, *, wait: bool) -> None:
@@ -126,10 +127,10 @@ class Checkpointer:
         try:
             checkpoint.check_metadata(path)
             checkpoint.load(model.sharded_state(), model.student, model.groups, path)
+            model.restore(state)
         except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, KeyError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
-        model.restore(state)
         if manifest["layout"] == _layout(self.config):
             restore_rng(state["rng"][dist.get_rank()])
         else:  # draws depend on seed, step and sample alone; no generator is used in a step
