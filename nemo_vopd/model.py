@@ -252,6 +252,7 @@ class VisionOPDModel(ModelPT):
     def on_train_start(self) -> None:
         """Open the files, from the step the run starts at, and measure the starting point."""
         super().on_train_start()
+        self.control.signals.listen()
         step = self.trainer.global_step
         self.reporter.open(step)
         if self.config.rollout.dump_path is not None and parallel.is_rank_zero() and step > 0:
@@ -305,7 +306,9 @@ class VisionOPDModel(ModelPT):
         self._loader_position = read_position(state["loader"].numpy().tobytes())
         self.reporter.restore(state["reporter"])
         self.control.restore(state["control"])
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total  # global_step
+        loop = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = state["step"]  # where loggers go on
+        steps = loop.manual_optimization.optim_step_progress.total  # trainer.global_step
         steps.ready = steps.completed = state["step"]
 
     def _evaluate(self, step: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import read_lines
@@ -116,6 +119,52 @@ def test_srun_variables_alone_make_a_distributed_run(trained, assets, tmp_path):
             assert done.returncode == 0, done.stderr[-2000:]
     alone, split = read_lines(folder / "run" / "metrics.jsonl"), read_lines(tmp_path / "metrics.jsonl")
     assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in alone[:2]], rel=1e-5)
+
+
+def start(*arguments: str, assets: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEMO_VOPD_TINY": str(assets)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*PYTHON, *arguments], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def wait_for_steps(folder: Path, num: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < num:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-2000:]
+        time.sleep(0.05)
+
+
+def test_a_signal_ends_a_run_in_order_and_the_same_command_resumes_it(assets, tmp_path):
+    command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}"]
+    process = start(*command, "trainer.max_steps=100000", assets=assets)
+    wait_for_steps(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-2000:]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["reason"] == "SIGTERM" and status["finished"] is False and status["step"] >= 2
+    assert "the same command resumes it" in output
+    done = run(*PYTHON, *command, f"trainer.max_steps={status['step'] + 2}", NEMO_VOPD_TINY=str(assets))
+    assert done.returncode == 0 and f"resuming after step {status['step']} from" in done.stdout
+    assert json.loads((tmp_path / "status.json").read_text())["finished"] is True
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(status["step"] + 2))
+
+
+def test_a_killed_rank_ends_the_job(assets, tmp_path):
+    process = start(
+        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipes/train_vopd.py"],
+        *["--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=100000"],
+        assets=assets,
+    )
+    wait_for_steps(tmp_path, 1, process)
+    ranks = [child for child in psutil.Process(process.pid).children() if "recipes/train_vopd.py" in child.cmdline()]
+    assert len(ranks) == 2
+    family = [descendant for rank in ranks for descendant in [rank, *rank.children(recursive=True)]]
+    ranks[1].kill()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, "ranks or their children survived"
 
 
 MISTAKES = {

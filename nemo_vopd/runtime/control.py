@@ -22,6 +22,9 @@ REASONS = ("max_steps", "early_stop", "max_time", "SIGTERM", "SIGUSR1")
 FINISHED = ("max_steps", "early_stop")
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopSignals:
     """While entered, remembers SIGTERM and SIGUSR1: the run ends at the next step boundary, not in a collective."""
 
@@ -30,8 +33,14 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         """Listen."""
-        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Take the signals (again: Lightning's handler would leave the loop of one rank alone, without a save)."""
+        for number in _SIGNALS:
+            signal.signal(number, self._remember)
 
     def __exit__(self, *_: object) -> None:
         """Hand the signals back."""

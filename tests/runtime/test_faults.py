@@ -38,14 +38,15 @@ def configure(assets, folder: Path, *overrides: str):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(assets, tmp_path):
-    """SIGKILL one of two ranks, mostly while they save; the other ends too, and the next start goes on."""
+    """SIGKILL one of two ranks, often while they save (every other time in the background); the other ends too."""
     folder = tmp_path / "run"
-    config = configure(assets, folder, "trainer.max_steps=100000")
+    background = [f"checkpoint.asynchronous={value}" for value in ("false", "true")]
+    configs = [configure(assets, folder, "trainer.max_steps=100000", option) for option in background]
     chance, checkpoints = random.Random(7), CheckpointFolder(folder / "checkpoints", 2)
     during_save, reached, metrics = 0, 0, folder / "metrics.jsonl"
-    for _ in range(KILLS):
+    for attempt in range(KILLS):
         before = metrics.stat().st_ino if metrics.exists() else None
-        ranks = start_distributed(run, 2, config)
+        ranks = start_distributed(run, 2, configs[attempt % 2])
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:  # until this start has written a step into a file of its own
             if metrics.exists() and metrics.stat().st_ino != before and len(metrics.read_text().splitlines()) > reached:
