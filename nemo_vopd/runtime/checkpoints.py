@@ -55,6 +55,16 @@ class CheckpointFolder:
         elif link.is_symlink():
             link.unlink()
 
+    def set_aside(self) -> Path | None:
+        """Give the checkpoints of an earlier run another folder, which is returned; None if there are none."""
+        if not self.complete():
+            return None
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
+            number += 1
+        os.rename(self.path, aside)
+        return aside
+
     def begin(self) -> Path:
         """A new hidden folder to write into; its name is never used twice, so a dead run's writers cannot spoil it."""
         partial = self.path / f"{_PARTIAL}{uuid.uuid4().hex}"

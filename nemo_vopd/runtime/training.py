@@ -35,7 +35,10 @@ def train(config: Config) -> VisionOPDModel:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
     groups = parallel.initialize(config.parallel, seed=config.seed)
     if parallel.is_rank_zero():
-        Checkpointer(config).folder.repair()
+        folder = Checkpointer(config).folder
+        folder.repair()
+        if not config.exp_manager["resume_if_exists"] and (aside := folder.set_aside()):
+            print(f"the checkpoints of an earlier run are in {aside} now", flush=True)
     dist.barrier()
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)

@@ -216,3 +216,13 @@ def test_a_finished_run_stays_finished_and_keeps_two_checkpoints(finished, asset
     names = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert names == ["last", "step-00000001", "step-00000002"]
     assert os.readlink(finished / "checkpoints" / "last") == "step-00000002"
+
+
+def test_a_run_that_starts_anew_sets_earlier_checkpoints_aside(finished, assets, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    anew = configure(assets, tmp_path / "run", "trainer.max_steps=1", "exp_manager.resume_if_exists=false")
+    assert run_distributed(run, 1, anew) == [1]
+    assert [p.name for p in CheckpointFolder(tmp_path / "run" / "checkpoints", 2).complete()] == ["step-00000001"]
+    kept = CheckpointFolder(tmp_path / "run" / "checkpoints.previous-1", 2).complete()
+    assert [p.name for p in kept] == ["step-00000001", "step-00000002"]
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl.previous")) == 2
