@@ -12,6 +12,18 @@ from hydra.core.config_store import ConfigStore
 
 
 @dataclass
+class FreezeConfig:
+    """Parts that are not trained: they need no gradient, no optimizer state and no second copy for the teacher."""
+
+    vision: bool = False
+    """The vision tower, but for its projector."""
+    projector: bool = False
+    """What maps vision features into the language model (Hugging Face: visual.merger)."""
+    language: bool = False
+    """The language model, embedding and head included."""
+
+
+@dataclass
 class ModelConfig:
     """Which vision-language model is trained."""
 
@@ -19,6 +31,9 @@ class ModelConfig:
     """Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor."""
     layer_spec: str = "auto"
     """auto | local | transformer_engine: which implementation serves the language layers."""
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    architecture: dict[str, Any] | None = None
+    """Contents of the model's config.json, for recipes/plan.py where `hf_path` is not at hand."""
 
 
 @dataclass

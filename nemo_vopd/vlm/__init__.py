@@ -13,16 +13,19 @@ from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.vlm import qwen2_5_vl
 from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.layout import ModelShape, check_layout
-from nemo_vopd.vlm.qwen2_5_vl import Qwen2_5_VL, model_shape, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl}
+"""`model_type` of config.json -> module with `Model`, `model_shape` and `transformer_config`."""
 
 
 def shape_of(config: Config) -> ModelShape:
     """Sizes of the model in `config.model.hf_path`. Raises OptionError when it is no model we know."""
-    return model_shape(_hf_config(config))
+    hf = hf_config(config)
+    return _FAMILIES[hf.model_type].model_shape(hf)
 
 
 def check_model(config: Config) -> None:
@@ -30,34 +33,42 @@ def check_model(config: Config) -> None:
     check_layout(shape_of(config), config.parallel)
 
 
-def _hf_config(config: Config) -> Any:
+def hf_config(config: Config) -> Any:
+    """The Hugging Face configuration of `config.model.hf_path`. Raises OptionError when it is no model we know."""
     path = Path(config.model.hf_path)
     if not (path / "config.json").is_file():
         remedy = "give the directory of a Hugging Face vision-language model"
         raise OptionError("model.hf_path", path, "has no config.json", remedy)
     hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    if hf.model_type != "qwen2_5_vl":
-        raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", "give a Qwen2.5-VL model")
+    if hf.model_type not in _FAMILIES:
+        remedy = f"give a model of type {' or '.join(_FAMILIES)}"
+        raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", remedy)
     return hf
+
+
+def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stage:
+    """This rank's stage of a model with the Hugging Face configuration `hf`, weights not filled in."""
+    family = _FAMILIES[hf.model_type]
+    megatron = family.transformer_config(hf, config.parallel, DTYPES[config.precision.dtype])
+    num_chunks = config.parallel.virtual_pipeline
+    return Stage(
+        [
+            family.Model(
+                hf,
+                megatron,
+                groups,
+                layer_spec=config.model.layer_spec,
+                pre_process=parallel.is_first_stage(groups) and index == 0,
+                post_process=parallel.is_last_stage(groups) and index == num_chunks - 1,
+                vp_stage=index if num_chunks > 1 else None,
+            )
+            for index in range(num_chunks)
+        ]
+    )
 
 
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
-    hf = _hf_config(config)
-    megatron = transformer_config(hf, config.parallel, DTYPES[config.precision.dtype])
-    num_chunks = config.parallel.virtual_pipeline
-    chunks = [
-        Qwen2_5_VL(
-            hf,
-            megatron,
-            groups,
-            layer_spec=config.model.layer_spec,
-            pre_process=parallel.is_first_stage(groups) and index == 0,
-            post_process=parallel.is_last_stage(groups) and index == num_chunks - 1,
-            vp_stage=index if num_chunks > 1 else None,
-        )
-        for index in range(num_chunks)
-    ]
-    stage = Stage(chunks)
+    stage = build_stage(hf_config(config), config, groups)
     load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
     return stage.to(cpu.device())

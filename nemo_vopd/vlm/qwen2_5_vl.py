@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig
@@ -22,11 +16,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from nemo_vopd.batch import MicroBatch
 from nemo_vopd.config import ParallelConfig
-from nemo_vopd.mcore.layers import KVCache, block_spec
-from nemo_vopd.vlm.hf_weights import Split, WeightRule
+from nemo_vopd.vlm.hf_weights import Split
 from nemo_vopd.vlm.layout import ModelShape, check_layout, megatron_layout
+from nemo_vopd.vlm.model import VisionLanguageModel
 
 
 def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
@@ -161,148 +154,8 @@ def _equal_segments(lengths: Tensor) -> list[Tensor]:
     return [starts[lengths == n][:, None] + torch.arange(n) for n in lengths.unique().tolist()]
 
 
-class LanguageModel(GPTModel):
-    """Megatron's GPT without the head: every stage returns hidden states [s, b, H].
-
-    The loss applies the head to response rows only (docs/algorithm.md section 7).
-    """
-
-    def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:  # type: ignore[override]
-        return hidden_states
-
-
-class Qwen2_5_VL(MegatronModule):
-    """One pipeline chunk of Qwen2.5-VL; the first one holds the vision tower, replicated over tensor parallelism."""
-
-    def __init__(
-        self,
-        hf: Qwen2_5_VLConfig,
-        config: TransformerConfig,
-        groups: ProcessGroupCollection,
-        *,
-        layer_spec: str = "auto",
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-    ) -> None:
-        """Build from the Hugging Face config `hf` and Megatron's `config` (see `transformer_config`).
-
-        `vp_stage` is the number of this chunk on its pipeline stage, None without virtual pipelining.
-        """
-        super().__init__(config=config)
-        self.hf, self.groups = hf, groups
-        self.pre_process, self.post_process = pre_process, post_process
-        self.model_type = ModelType.encoder_or_decoder
-        self.image_token_id = hf.image_token_id
-        self.share_embeddings_and_output_weights = hf.tie_word_embeddings
-        text: Any = hf.text_config
-        tower: Any = VisionTower(hf.vision_config) if pre_process else None  # type: ignore[arg-type]
-        self.vision = tower.to(config.params_dtype) if pre_process else None
-        self.language = LanguageModel(
-            config,
-            block_spec(config, layer_spec, pp_rank=groups.pp.rank(), vp_stage=vp_stage),  # type: ignore[arg-type]
-            vocab_size=text.vocab_size,
-            max_sequence_length=text.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=hf.tie_word_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=int(text.rope_parameters["rope_theta"]),
-            scatter_embedding_sequence_parallel=False,  # image features are put in first
-            pg_collection=groups,
-            vp_stage=vp_stage,
-        )
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the previous pipeline stage (called by Megatron's schedules)."""
-        self.language.set_input_tensor(input_tensor)  # type: ignore[arg-type]
-
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The embedding's or head's weight that stages share when they are tied (called by Megatron)."""
-        return self.language.shared_embedding_or_output_weight()
-
-    def output_weight(self) -> Tensor:
-        """[V / tp, H]: this rank's rows of the head, on the last stage."""
-        if self.share_embeddings_and_output_weights:
-            weight = self.language.shared_embedding_or_output_weight()
-        else:
-            weight = self.language.output_layer.weight
-        assert weight is not None, "the head lives on the last pipeline stage"
-        return weight
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        position_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        grid_thw: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Hidden states [s, b, H] of this stage ([s / tp, b, H] under sequence parallelism).
-
-        Args:
-            token_ids: [b, s].
-            position_ids: [3, b, s] M-RoPE positions of these tokens.
-            pixel_values: [N, D] patches of all images in the batch, or None while decoding.
-            grid_thw: [num_images, 3] patch grids of these images.
-            cache: keys and values of earlier tokens, while sampling.
-        """
-        embeddings = None
-        if self.pre_process:
-            embeddings = self._embed(token_ids, pixel_values, grid_thw)
-        return self.language(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=cache,
-            decoder_input=embeddings,
-        )
-
-    def _embed(self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None) -> Tensor:
-        embeddings = self.language.embedding(input_ids=token_ids, position_ids=None)  # [s, b, H]
-        if pixel_values is not None and pixel_values.size(0):
-            assert self.vision is not None and grid_thw is not None
-            features = self.vision(pixel_values.to(embeddings.dtype), grid_thw)
-            by_sequence = embeddings.transpose(0, 1)  # images follow the order of sequences, so [b, s, H]
-            is_image = (token_ids == self.image_token_id)[..., None]
-            embeddings = by_sequence.masked_scatter(is_image, features.to(by_sequence.dtype)).transpose(0, 1)
-            embeddings = embeddings.contiguous()
-        if self.config.sequence_parallel:
-            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
-        return embeddings
-
-    def response_hidden(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """[T, H]: the rows of `hidden` (this last stage's output) that predict the batch's response tokens."""
-        if self.config.sequence_parallel:
-            # every rank computes the same loss gradient, so the backward pass splits instead of summing
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
-            )
-        return hidden.flatten(0, 1)[batch.response_rows]
-
-    def weight_rule(self, name: str) -> WeightRule:
-        """The Hugging Face tensors of parameter `name` of this module (local and Transformer Engine names)."""
-        if name.startswith("vision."):
-            return WeightRule(("visual." + name.removeprefix("vision."),), "replicated")
-        name = name.removeprefix("language.")
-        if name == "output_layer.weight" and self.share_embeddings_and_output_weights:
-            # the last stage's copy of the embedding: loaded like it, and exported by the first stage only
-            return dataclasses.replace(_ROOT_RULES["embedding.word_embeddings.weight"], export=False)
-        if name in _ROOT_RULES:
-            return _ROOT_RULES[name]
-        # decoder.layers.<local index>.<rest>
-        _, _, index, rest = name.split(".", 3)
-        number = self.language.decoder.layers[int(index)].layer_number - 1  # type: ignore[operator,index]
-        hf_names, split = _LAYER_RULES[rest]
-        return WeightRule(tuple(f"layers.{number}.{hf_name}" for hf_name in hf_names), split)
-
-
-_ROOT_RULES = {
-    "embedding.word_embeddings.weight": WeightRule(("embed_tokens.weight",), "rows"),
-    "output_layer.weight": WeightRule(("lm_head.weight",), "rows"),
-    "decoder.final_layernorm.weight": WeightRule(("norm.weight",), "replicated"),
-}
 _QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
-_LAYER_RULES: dict[str, tuple[tuple[str, ...], Split]] = {
+LAYER_RULES: dict[str, tuple[tuple[str, ...], Split]] = {
     "input_layernorm.weight": (("input_layernorm.weight",), "replicated"),
     "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), "replicated"),
     "self_attention.linear_qkv.weight": (tuple(n.format("weight") for n in _QKV), "qkv"),
@@ -313,3 +166,17 @@ _LAYER_RULES: dict[str, tuple[tuple[str, ...], Split]] = {
     "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated"),
     "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), "columns"),
 }
+
+
+class Qwen2_5_VL(VisionLanguageModel):
+    """One pipeline chunk of Qwen2.5-VL."""
+
+    layer_rules = LAYER_RULES
+
+    def build_tower(self, hf: Any) -> torch.nn.Module:
+        """Hugging Face's tower with its own weights."""
+        return VisionTower(hf.vision_config)
+
+
+Model = Qwen2_5_VL
+"""What `nemo_vopd.vlm` builds for this family."""
