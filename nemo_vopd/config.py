@@ -195,7 +195,8 @@ class PrecisionConfig:
     """Number formats."""
 
     dtype: str = "bf16"
-    """bf16 | fp32: weights and activations; main weights, gradients and the EMA are always float32."""
+    """bf16 | fp32 | auto (what config.json says): weights and activations; main weights, gradients and the EMA are
+    always float32."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.control import FINISHED, RunControl
 from nemo_vopd.runtime.metrics import Timers, keep_lines_before
 from nemo_vopd.runtime.reporting import Reporter
-from nemo_vopd.vlm import build_vlm, shape_of
+from nemo_vopd.vlm import build_vlm, freeze, shape_of
 
 
 class VisionOPDModel(ModelPT):
@@ -57,10 +57,9 @@ class VisionOPDModel(ModelPT):
         self.shape = shape_of(config)
 
         self.student = build_vlm(config, groups)
+        freeze(self.student, config.model.freeze)
         self.student_ddp = wrap_ddp(self.student.chunks, groups)
-        self.student_optimizer = Optimizer(
-            self.student_ddp, config.optimizer, groups, bf16=config.precision.dtype == "bf16"
-        )
+        self.student_optimizer = Optimizer(self.student_ddp, config.optimizer, groups, bf16=self.student.config.bf16)
         self.teacher_model, self.teacher = self._build_teacher()
         self.engine = self._build_engine()
         self.timers = Timers()
@@ -142,7 +141,8 @@ class VisionOPDModel(ModelPT):
                 rollout_log_probs=batch.rollout_log_probs,
                 max_importance_weight=distill.importance.max_weight,
                 teacher_mix=distill.teacher.mix if distill.teacher.kind == "trust_region" else 0.0,
-                weight_grad_into=weight.main_grad,  # type: ignore[attr-defined]
+                weight_grad_into=weight.main_grad if weight.requires_grad else None,  # type: ignore[attr-defined]
+                vocab_size=self.student.vocab_size,
             )
             num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
             sums = torch.cat([torch.stack([loss_sum.detach().float(), num_tokens.float()]), stats.sums()])

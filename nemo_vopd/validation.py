@@ -9,15 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 
+AnyT = TypeVar("AnyT")
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def typed(cfg: DictConfig, schema: type[AnyT]) -> AnyT:
+    """The composed Hydra config as a `schema` dataclass. Raises OptionError when a value is missing."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[return-value]
 
 
 def from_hydra(cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
     """The typed configuration of a composed Hydra config, validated. `schema` may extend `Config`."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
-    config: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[assignment]
+    config = typed(cfg, schema)
     validate(config)
     return config
 
@@ -45,7 +51,7 @@ def validate(config: Config) -> None:
     _one_of("distill.teacher_view", distill.teacher_view, ("crop", "full", "full_and_crop", "boxed"))
     _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
     _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
-    _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
+    _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32", "auto"))
     _at_least(
         1,
         num_nodes=config.num_nodes,

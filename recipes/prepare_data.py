@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.views import MAX_IMAGE_PIXELS
-from nemo_vopd.errors import OptionError
+from nemo_vopd.validation import typed
 
 
 @dataclass
@@ -40,16 +40,14 @@ ConfigStore.instance().store(name="prepare_data_schema", node=PrepareConfig)
 
 def main(cfg: DictConfig) -> None:
     """Prepare `cfg.source` as `cfg.output`."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
+    config = typed(cfg, PrepareConfig)
     prepare(
-        Path(cfg.source),
-        Path(cfg.output),
-        shard_size=cfg.shard_size,
-        max_image_pixels=cfg.max_image_pixels,
-        workers=cfg.workers,
-        overwrite=cfg.overwrite,
+        Path(config.source),
+        Path(config.output),
+        shard_size=config.shard_size,
+        max_image_pixels=config.max_image_pixels,
+        workers=config.workers,
+        overwrite=config.overwrite,
     )
 
 

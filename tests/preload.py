@@ -9,5 +9,6 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: E402, F401
+import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: E402, F401
 
 import nemo_vopd.runtime.training  # noqa: E402, F401

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from nemo_vopd.batch import Rollout, View
 from nemo_vopd.distill.divergence import generalized_jsd
@@ -63,7 +63,7 @@ def response_logits(model: torch.nn.Module, view: View, response: Tensor) -> Ten
 
 def run_reference(hf_path: Path, steps: list[list[Rollout]], options: ReferenceOptions) -> ReferenceResult:
     """Take one optimizer step on each list of rollouts, starting from the directory `hf_path`, in float32."""
-    student = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_path, dtype=torch.float32)
+    student = AutoModelForImageTextToText.from_pretrained(hf_path, dtype=torch.float32)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.vlm.hf_weights import HFReader, iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, run_reference
@@ -195,3 +196,57 @@ def test_accuracy_is_measured_at_the_start_and_every_n_steps(assets, tmp_path):
     lines = read_lines(tmp_path / "evaluations.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert all(0 <= line["full_accuracy"] <= 1 and 0 <= line["crop_accuracy"] <= 1 for line in lines)
+
+
+def part_of(name: str) -> str:
+    """Which option of model.freeze a canonical tensor name belongs to."""
+    return "projector" if "merger" in name else "vision" if name.startswith("visual.") else "language"
+
+
+def train_and_count(config):
+    """Weights of student and teacher, and on how many numbers gradients and optimizer state are kept."""
+    from nemo_vopd.runtime.training import train
+
+    model = train(config)
+    weights = [dict(iterate_hf(m, m.weight_rule, model.groups)) for m in (model.student, model.teacher_model)]
+    gradients = sum(buffer.grad_data.numel() for chunk in model.student_ddp for buffer in chunk.buffers)
+    state = {kind: sum(t.numel() for t, _ in shards.values()) for kind, shards in model.sharded_state().items()}
+    shared = {p.data_ptr() for p in model.student.parameters()} & {
+        p.data_ptr() for p in model.teacher_model.parameters()
+    }
+    return *weights, gradients, state, len(shared)
+
+
+@pytest.mark.parametrize("frozen", [["vision"], ["vision", "projector"], ["language"], ["projector", "language"]])
+def test_frozen_parts_stay_and_the_others_move_as_without_them(frozen, assets, tmp_path):
+    steps = made_up_rollouts(tiny_config(assets, tmp_path), 1)
+    write_rollouts(tmp_path / "r.jsonl", steps)
+    options = ["optimizer.clip_grad=0", f"optimizer.lr={LR}"]  # the gradient's norm differs
+    size = 1 if "language" in frozen else 2
+    layout = ["parallel.tensor=2", "parallel.sequence=true"] if size == 2 else []
+    common = [*options, *layout]
+    ((free, free_teacher, *_), *_) = run_distributed(
+        train_and_count, size, replay(assets, tmp_path / "free", tmp_path / "r.jsonl", 1, *common)
+    )
+    switches = [f"model.freeze.{part}=true" for part in frozen]
+    ((student, teacher, gradients, state, shared), *_) = run_distributed(
+        train_and_count, size, replay(assets, tmp_path / "frozen", tmp_path / "r.jsonl", 1, *common, *switches)
+    )
+    original = HFReader(assets / "tiny-vlm")
+    for name, tensor in student.items():
+        if part_of(name) in frozen:
+            assert torch.equal(tensor, original.read(name)) and torch.equal(teacher[name], original.read(name)), name
+        else:
+            assert torch.equal(tensor, free[name]) and torch.equal(teacher[name], free_teacher[name]), name
+            assert not torch.equal(tensor, original.read(name)), name
+    num_frozen = sum(tensor.numel() for name, tensor in student.items() if part_of(name) in frozen)
+    num_all = sum(tensor.numel() for tensor in student.values())
+    assert shared > 0 and len(set(state.values())) == 1
+    if size == 1:
+        assert set(state.values()) == {num_all - num_frozen} and gradients < num_all - num_frozen + 1000
+
+
+def test_a_stage_with_nothing_to_train_is_refused(assets, tmp_path):
+    config = tiny_config(assets, tmp_path, "model.freeze.language=true", "parallel.pipeline=3")
+    with pytest.raises(RuntimeError, match="model.freeze.language=True: leaves nothing to train on a pipeline stage"):
+        run_distributed(train_and_collect, 3, config)

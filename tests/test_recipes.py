@@ -13,8 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from nemo_vopd.config import PixelConfig
+from nemo_vopd.data.processor import Processor
 from tests.helpers import read_lines
+from tests.reference import response_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-W", "ignore"]
@@ -274,3 +281,43 @@ def test_evaluate_prints_the_gap(assets, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "crop_accuracy" in done.stdout and '"num_samples": 8' in output.read_text()
+
+
+def test_generate_answers_with_one_json_object(assets, tmp_path):
+    """Alone and under torchrun with tensor and pipeline parallelism: the same tokens, those of transformers."""
+    image = Image.new("RGB", (84, 56), (200, 30, 60))
+    image.save(tmp_path / "image.png")
+    request = [f"model.hf_path={assets}/tiny-vlm", f"image={tmp_path}/image.png", "prompt='Which digit, please?'"]
+    request += ["max_new_tokens=6"]
+    alone = run(*PYTHON, "recipes/generate.py", *request)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    reply = json.loads(alone.stdout)
+    assert set(reply) == {"text", "token_ids", "log_probs"} and len(reply["token_ids"]) == len(reply["log_probs"]) <= 6
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.pipeline_layout=[1,2]"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    split = run(*PYTHON, *torchrun, "recipes/generate.py", *request, *layout)
+    assert split.returncode == 0, split.stderr[-2000:]
+    other = json.loads(split.stdout)
+    assert other["token_ids"] == reply["token_ids"] and other["text"] == reply["text"]
+    assert other["log_probs"] == pytest.approx(reply["log_probs"], abs=1e-5)
+    processor = Processor.from_pretrained(assets / "tiny-vlm")
+    view = processor.view([image], "Which digit, please?", [PixelConfig()])
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(assets / "tiny-vlm")
+    logits = response_logits(model, view, torch.tensor(reply["token_ids"]))
+    forbidden = torch.tensor(processor.forbidden_token_ids)
+    assert logits.index_fill(-1, forbidden, -torch.inf).argmax(-1).tolist() == reply["token_ids"]
+    expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(reply["token_ids"])[:, None]).squeeze(-1)
+    assert reply["log_probs"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_convert_from_the_command_line(assets, tmp_path):
+    model = f"model.hf_path={assets}/tiny-vlm"
+    done = run(*PYTHON, "recipes/convert_checkpoint.py", "import", model, f"output={tmp_path}/checkpoint")
+    assert done.returncode == 0, done.stderr[-2000:]
+    export = ["recipes/convert_checkpoint.py", "export", f"checkpoint={tmp_path}/checkpoint", f"output={tmp_path}/hf"]
+    done = run(*PYTHON, *export, "weights=teacher")
+    assert done.returncode == 0 and "wrote the teacher" in done.stdout, done.stderr[-2000:]
+    original, exported = (load_file(folder / "model.safetensors") for folder in (assets / "tiny-vlm", tmp_path / "hf"))
+    assert original.keys() == exported.keys() and all(torch.equal(original[n], exported[n]) for n in original)
+    done = run(*PYTHON, *export)
+    assert done.returncode == 2 and "exists; choose another directory" in done.stderr

@@ -111,6 +111,21 @@ def test_tied_embeddings_stay_tied_across_stages(name, assets, tmp_path):
     check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
 
 
+@pytest.mark.parametrize("name", ["111 small", "211 sequence small", "221"])
+def test_a_vocabulary_that_does_not_divide(name, assets, tmp_path):
+    """131 tokens: two tensor-parallel ranks hold 80 rows each, 29 of them stand for no token."""
+    hf_path = tmp_path / "odd"
+    write_tiny_model(hf_path, seed=4, vocab_size=131)
+    odd = f"model.hf_path={hf_path}"
+    steps = made_up_rollouts(tiny_config(assets, tmp_path, odd), 2)
+    write_rollouts(tmp_path / "rollouts.jsonl", steps)
+    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
+    world_size, overrides = LAYOUTS[name]
+    overrides = [*overrides, odd, "trainer.max_steps=2"]
+    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
+    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+
+
 INTERLEAVED = ["parallel.pipeline=3", "parallel.virtual_pipeline=2"]
 
 

@@ -62,6 +62,7 @@ def fused_linear_jsd(
     max_importance_weight: float | None = None,
     teacher_mix: float = 0.0,
     weight_grad_into: Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of token_weights * importance * D(student, teacher).
 
@@ -85,15 +86,18 @@ def fused_linear_jsd(
         weight_grad_into: [V / tp, H] buffer that the gradient of `student_weight` is added to, chunk by chunk
             (Megatron's `main_grad`); autograd then gets none, and no tensor of the size of the head is made. The
             result must be backpropagated with gradient 1, as Megatron's schedules do.
+        vocab_size: real size of the vocabulary; rows of the heads beyond it, which fill the last ranks' shards up,
+            take no part. None means that there are none.
 
     Returns:
         (loss_sum, stats): a scalar in float32 (float64 for float64 input), differentiable, and `TokenStats`.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: must lie in [0, 1]")
-    vocabulary = student_weight.size(0) * (tp_group.size() if tp_group is not None else 1)
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocabulary}")
+    if vocab_size is None:
+        vocab_size = student_weight.size(0) * (tp_group.size() if tp_group is not None else 1)
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocab_size}")
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     if chunk_tokens is None:
         most = max(1, CHUNK_BYTES // (4 * student_weight.size(0)))
@@ -107,7 +111,14 @@ def fused_linear_jsd(
         teacher_weight.detach(),
         token_weights,
         _Options(
-            alpha, top_k, add_tail, temperature, chunk_tokens, max_importance_weight, teacher_mix, _Vocabulary(tp_group)
+            alpha,
+            top_k,
+            add_tail,
+            temperature,
+            chunk_tokens,
+            max_importance_weight,
+            teacher_mix,
+            _Vocabulary(tp_group, vocab_size),
         ),
         tokens,
         rollout_log_probs,
@@ -132,9 +143,17 @@ class _Options:
 class _Vocabulary:
     """Reductions over a vocabulary split by rows among the ranks of a tensor-parallel group."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
         self.group = group if group is not None and group.size() > 1 else None
         self.rank = self.group.rank() if self.group is not None else 0
+        self.size = size
+
+    def hide_padding_(self, logits: Tensor) -> Tensor:
+        """Give the columns of [c, V / tp] that stand for no token probability 0, in place."""
+        num_real = max(0, self.size - self.rank * logits.size(-1))
+        if num_real < logits.size(-1):
+            logits[:, num_real:] = -1e30  # not -inf: 0 * -inf would not be 0
+        return logits
 
     def sum(self, x: Tensor) -> Tensor:
         if self.group is not None:
@@ -246,7 +265,7 @@ class _FusedLinearJSD(torch.autograd.Function):
 def _logits(policy: tuple[Tensor, Tensor], options: _Options, dtype: torch.dtype) -> Tensor:
     """[c, V / tp] logits of (hidden [c, H], weight [V / tp, H]), the largest of each row taken off."""
     hidden, weight = policy
-    logits = (hidden @ weight.t()).to(dtype)
+    logits = options.vocabulary.hide_padding_((hidden @ weight.t()).to(dtype))
     if options.temperature != 1:
         logits.div_(options.temperature)
     return options.vocabulary.subtract_max_(logits)

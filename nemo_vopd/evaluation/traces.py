@@ -45,7 +45,7 @@ def trace(
         for model, view in ((student, rollout.sample.student), (teacher, rollout.sample.teacher)):
             batch = collate([rollout], [view], processor.pad_token_id).to(cpu.device())
             (hidden,) = teacher_pass(model, [batch], groups)
-            logits.append(_gather((hidden @ model.output_weight().t()).float(), groups))
+            logits.append(_gather((hidden @ model.output_weight().t()).float(), groups)[:, : model.vocab_size])
             policies.append(_policy(logits[-1], rollout.token_ids, processor))
         divergence = generalized_jsd(*logits, alpha=distill.alpha, top_k=distill.top_k, add_tail=distill.add_tail)
         tokens = [processor.tokenizer.decode([token]) for token in rollout.token_ids.tolist()]

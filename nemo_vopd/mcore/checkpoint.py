@@ -83,7 +83,7 @@ def sharded_state(
             rule, shape = stage.weight_rule(name), parameters[name].shape
             local = shape[0], parameters[name].numel() // shape[0]
             times = {"replicated": (1, 1), "columns": (1, size)}.get(rule.split, (size, 1))
-            whole = local[0] * times[0], local[1] * times[1]
+            whole = rule.num_rows or local[0] * times[0], local[1] * times[1]
             # copies are read by all and written by one: over tensor parallelism, and of a tied head
             replica = int(not rule.export or (rule.split == "replicated" and rank > 0))
             pieces = result.setdefault(f"{kind}.{rule.names[0]}", {})
@@ -92,11 +92,12 @@ def sharded_state(
                 for part, global_row, global_column in _global_place(row, column, rows, local, rule.split, rank, size):
                     data = flat[offset : offset + part * columns].view(part, columns)
                     offset += part * columns
-                    place = global_row, global_column
-                    key = f"{kind}.{rule.names[0]}"
-                    pieces[len(pieces)] = ShardedTensor(
-                        key, data, data.dtype, (part, columns), whole, place, None, replica_id=replica
-                    )
+                    data = data[: max(0, whole[0] - global_row)]  # rows that only fill a shard up are not stored
+                    if data.numel():
+                        key, place = f"{kind}.{rule.names[0]}", (global_row, global_column)
+                        pieces[len(pieces)] = ShardedTensor(
+                            key, data, data.dtype, tuple(data.shape), whole, place, None, replica_id=replica
+                        )
     return result
 
 

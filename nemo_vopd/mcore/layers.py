@@ -152,10 +152,16 @@ def uses_transformer_engine(choice: str) -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, choice: str, *, pp_rank: int, vp_stage: int | None = None
+    config: TransformerConfig,
+    choice: str,
+    *,
+    pp_rank: int,
+    vp_stage: int | None = None,
+    layer_class: type[TransformerLayer] = TransformerLayer,
 ) -> TransformerBlockSubmodules:
     """The language layers of chunk `vp_stage` of stage `pp_rank` and the final norm; `choice` is `model.layer_spec`."""
     layer = _layer_spec(choice, qk_layernorm=config.qk_layernorm)
+    layer.module = layer_class
     norm = TENorm if uses_transformer_engine(choice) else RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)  # type: ignore[arg-type]

@@ -76,6 +76,11 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
+def world_size() -> int:
+    """Number of processes that torchrun, Slurm or nobody started."""
+    return _environment()[1]
+
+
 def forget_layout() -> None:
     """Take Megatron's groups down and keep the processes, so that another layout can be built."""
     parallel_state.destroy_model_parallel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,11 @@ class Stage(torch.nn.Module):
         """Megatron's configuration, shared by all chunks."""
         return self.chunks[0].config
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary; the embedding and the head may have more rows, to divide by tensor parallelism."""
+        return self.chunks[0].hf.text_config.vocab_size
+
     def output_weight(self) -> Tensor:
         """[V / tp, H]: this rank's rows of the head, on the last stage."""
         return self.chunks[-1].output_weight()
@@ -38,4 +44,7 @@ class Stage(torch.nn.Module):
     def weight_rule(self, name: str) -> WeightRule:
         """The Hugging Face tensors of parameter `name` of this module."""
         _, index, rest = name.split(".", 2)  # chunks.<index>.<rest>
-        return self.chunks[int(index)].weight_rule(rest)
+        rule = self.chunks[int(index)].weight_rule(rest)
+        if rule.names[0] in ("embed_tokens.weight", "lm_head.weight"):
+            return dataclasses.replace(rule, num_rows=self.vocab_size)
+        return rule

@@ -34,6 +34,10 @@ class ShardedWeights:
         self._targets: dict[str, Tensor] = {}
         self._buckets: list[tuple[Tensor, Tensor]] = []
         names = {parameter: name for name, parameter in student.named_parameters()}
+        for parameter, name in names.items():
+            if not parameter.requires_grad:  # frozen: the same numbers for ever, so the same memory
+                twin[name].data = parameter.data
+                twin[name].requires_grad_(False)
         # Megatron's flat buffers, not Module.buffers()
         buffers: list[Any] = [buffer for chunk in optimizer.ddp for buffer in chunk.buffers]  # type: ignore[union-attr]
         for buffer in buffers:

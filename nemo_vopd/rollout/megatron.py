@@ -140,6 +140,7 @@ class Decoder:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
                 dist.all_gather(shards, logits, group=tp)
                 logits = torch.cat(shards, dim=-1)
+            logits = logits[:, : self.model.vocab_size]
             forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=self.device)
             # greedy log-probs are those at temperature 1
             options = {"temperature": params.temperature or 1.0, "top_p": params.top_p, "forbidden": forbidden}

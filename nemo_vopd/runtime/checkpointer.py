@@ -121,6 +121,9 @@ class Checkpointer:
         """
         path = path.resolve()
         manifest = _from_rank_zero(lambda: read_manifest(path))
+        if "state.pt" not in manifest["files"]:
+            rule = "holds weights alone, no run to resume"
+            raise OptionError("checkpoint", path, rule, "give the model as model.hf_path and another exp_dir")
         _check_same_run(manifest, self.config, model)
         state = read_state(path)
         remedy = "delete that directory to resume from the one before it"
@@ -197,6 +200,10 @@ def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDMo
         if now != before:
             rule = f"the run to resume has {before}, and the order of samples depends on it"
             raise OptionError(option, now, rule, f"set {option}={before}, {anew}")
+    frozen = dataclasses.asdict(config.model.freeze)
+    if frozen != was["model"]["freeze"]:
+        rule = f"the run to resume has {was['model']['freeze']}"
+        raise OptionError("model.freeze", frozen, rule, f"freeze the same parts, {anew}")
     if was["distill"]["teacher"]["kind"] == "current" != config.distill.teacher.kind:
         rule = "the run to resume saved no teacher weights (kind=current)"
         raise OptionError("distill.teacher.kind", config.distill.teacher.kind, rule, f"keep kind=current, {anew}")

@@ -73,12 +73,7 @@ class CheckpointFolder:
 
     def commit(self, partial: Path, manifest: dict[str, Any]) -> Path:
         """Give the finished `partial` its name, point `last` at it, and delete the oldest ones."""
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        text = json.dumps({"format": FORMAT, **manifest, "files": sizes}, indent=1)
-        with open(partial / "manifest.json", "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(partial, manifest)
         final = self.path / f"step-{manifest['step']:08d}"
         if final.exists():  # the same step again, after a resume that changed nothing
             shutil.rmtree(final)
@@ -106,6 +101,15 @@ class CheckpointFolder:
             temporary.unlink()
         temporary.symlink_to(checkpoint.name)
         os.replace(temporary, self.path / "last")
+
+
+def write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest`, with the format and the size of every file in `partial`, as the last file there."""
+    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    with open(partial / "manifest.json", "w") as file:
+        file.write(json.dumps({"format": FORMAT, **manifest, "files": sizes}, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def warm_up(
     processor = Processor.from_pretrained(config.model.hf_path)
     model = build_vlm(config, groups)
     ddp = wrap_ddp(model.chunks, groups)
-    optimizer = Optimizer(ddp, options, groups, bf16=config.precision.dtype == "bf16")
+    optimizer = Optimizer(ddp, options, groups, bf16=model.config.bf16)
     dp = groups.dp_cp
     loader: Iterable[PromptBatch] = build_train_loader(
         config.data, "crop", processor, seed=config.seed, dp_rank=dp.rank(), dp_size=dp.size()

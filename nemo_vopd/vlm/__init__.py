@@ -9,16 +9,16 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoConfig
 
-from nemo_vopd.config import Config
+from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.vlm import qwen2_5_vl
+from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
 from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.layout import ModelShape, check_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl}
+_FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 """`model_type` of config.json -> module with `Model`, `model_shape` and `transformer_config`."""
 
 
@@ -46,10 +46,17 @@ def hf_config(config: Config) -> Any:
     return hf
 
 
+def dtype_of(hf: Any, config: Config) -> torch.dtype:
+    """Of weights and activations: `precision.dtype`; auto is float32 for a float32 directory, bfloat16 for others."""
+    if config.precision.dtype == "auto":
+        return torch.float32 if hf.dtype == torch.float32 else torch.bfloat16
+    return DTYPES[config.precision.dtype]
+
+
 def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of a model with the Hugging Face configuration `hf`, weights not filled in."""
     family = _FAMILIES[hf.model_type]
-    megatron = family.transformer_config(hf, config.parallel, DTYPES[config.precision.dtype])
+    megatron = family.transformer_config(hf, config.parallel, dtype_of(hf, config))
     num_chunks = config.parallel.virtual_pipeline
     return Stage(
         [
@@ -65,6 +72,22 @@ def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stag
             for index in range(num_chunks)
         ]
     )
+
+
+def freeze(stage: Stage, options: FreezeConfig) -> None:
+    """Take the gradient off the parts that `model.freeze` names. Raises OptionError when a stage has none left."""
+    for name, parameter in stage.named_parameters():
+        names = stage.weight_rule(name).names
+        if not names[0].startswith("visual."):
+            frozen = options.language
+        elif "merger" in names[0]:
+            frozen = options.projector
+        else:
+            frozen = options.vision
+        parameter.requires_grad_(not frozen)
+    if not any(parameter.requires_grad for parameter in stage.parameters()):
+        rule = "leaves nothing to train on a pipeline stage"
+        raise OptionError("model.freeze.language", options.language, rule, "set it to false, or parallel.pipeline=1")
 
 
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:

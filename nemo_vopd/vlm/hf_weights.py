@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from nemo_vopd.errors import OptionError
 
@@ -35,6 +36,8 @@ class WeightRule:
     """Canonical Hugging Face names: one, or gate and up, or query, key and value."""
     split: Split
     """rows and columns divide dimension 0 and 1; gated stacks two row-split tensors; qkv interleaves by group."""
+    num_rows: int | None = None
+    """Rows of the whole tensor where the shards have more together (a vocabulary that does not divide)."""
     export: bool = True
     """False for a second copy of a tensor that another stage writes."""
 
@@ -71,21 +74,23 @@ class HFReader:
             self._open[file] = safe_open(str(file), framework="pt").__enter__()
         return self._open[file]
 
-    def read(self, name: str, *, dim: int | None = None, rank: int = 0, size: int = 1) -> Tensor:
-        """Tensor `name` (canonical), or its part `rank` of `size` along `dim`."""
-        if name not in self._file:
-            raise OptionError(
-                "model.hf_path",
-                self.path,
-                f"has no tensor {name}",
-                "check that config.json and the weights belong together",
-            )
+    def files(self) -> dict[str, list[str]]:
+        """Canonical names of the tensors in each file."""
+        result: dict[str, list[str]] = {}
+        for name, file in self._file.items():
+            result.setdefault(file.name, []).append(name)
+        return result
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name` (canonical), which must be there."""
+        return tuple(self._handle(self._file[name]).get_slice(self.original_name[name]).get_shape())
+
+    def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor `name` (canonical), or its part [start, stop) along `dim` (0 or 1); only that part is read."""
         lazy = self._handle(self._file[name]).get_slice(self.original_name[name])
-        if dim is None or size == 1:
+        if start == 0 and stop is None:
             return lazy[:]
-        width = lazy.get_shape()[dim] // size
-        part = slice(rank * width, (rank + 1) * width)
-        return lazy[part] if dim == 0 else lazy[:, part]
+        return lazy[start:stop] if dim == 0 else lazy[:, start:stop]
 
 
 def _interleave(q: Tensor, k: Tensor, v: Tensor, num_groups: int) -> Tensor:
@@ -100,6 +105,16 @@ def _deinterleave(qkv: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, 
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
 
+def split_fused(matrix: Tensor, split: Split, num_groups: int, place: int, num_rows: int) -> Tensor:
+    """Number `place` of the tensors that one whole matrix is made of; `num_rows` is the size of that tensor."""
+    if split == "gated":
+        return matrix.chunk(2)[place]
+    if split == "qkv":
+        head_dim = (num_rows if place else (matrix.size(0) - num_rows) // 2) // num_groups
+        return _deinterleave(matrix, num_groups, head_dim)[place]
+    return matrix
+
+
 @torch.no_grad()
 def load_hf(
     model: torch.nn.Module,
@@ -107,30 +122,76 @@ def load_hf(
     path: str | Path,
     groups: ProcessGroupCollection,
 ) -> None:
-    """Fill this rank's shard of `model` from the Hugging Face directory `path`.
+    """Fill this rank's shard of `model` from the Hugging Face directory `path`, one parameter after the other.
 
-    `rule_of` maps a parameter name of `model` to its rule. Missing or misshaped tensors raise OptionError by name.
+    `rule_of` maps a parameter name of `model` to its rule. Raises OptionError that names missing, unexpected and
+    misshaped tensors; every rank of the model must call it.
     """
     reader = HFReader(path)
-    rank, size = groups.tp.rank(), groups.tp.size()
-    num_groups = model.config.num_query_groups  # type: ignore[union-attr]
-    for name, parameter in model.named_parameters():
-        rule = rule_of(name)
-        if rule.split == "replicated":
-            value = reader.read(rule.names[0])
-        elif rule.split in ("rows", "columns"):
-            value = reader.read(rule.names[0], dim=int(rule.split == "columns"), rank=rank, size=size)
-        else:
-            parts = [reader.read(n, dim=0, rank=rank, size=size) for n in rule.names]
-            value = torch.cat(parts) if rule.split == "gated" else _interleave(*parts, num_groups=num_groups // size)  # type: ignore[misc,operator]
-        if value.shape != parameter.shape:
-            raise OptionError(
-                "model.hf_path",
-                path,
-                f"tensor {rule.names[0]} gives shape {tuple(value.shape)} where {tuple(parameter.shape)} is needed",
-                "check that config.json and the weights belong together",
-            )
-        parameter.copy_(value)
+    rules = {name: rule_of(name) for name, _ in model.named_parameters()}
+    _check_names(reader, rules, groups)
+    size, num_groups = groups.tp.size(), model.config.num_query_groups  # type: ignore[union-attr]
+    total = sum(p.numel() for p in model.parameters())
+    shown = total > _WORTH_A_PROGRESS_LINE and dist.get_rank() == 0
+    with tqdm(total=total, unit="", unit_scale=True, desc=f"reading {path}", disable=not shown, mininterval=1) as bar:
+        for name, parameter in model.named_parameters():
+            rule = rules[name]
+            _check_shapes(reader, rule, parameter, size)
+            parts = [_local_part(reader, n, parameter, rule, groups) for n in rule.names]
+            if rule.split == "qkv":
+                value = _interleave(*parts, num_groups=num_groups // size)  # type: ignore[misc,operator]
+            else:
+                value = torch.cat(parts) if rule.split == "gated" else parts[0]
+            parameter[: value.shape[0]].copy_(value)
+            parameter[value.shape[0] :] = 0  # rows of no token
+            bar.update(parameter.numel())
+
+
+_WORTH_A_PROGRESS_LINE = 100_000_000
+"""Parameters on a rank."""
+
+
+def _local_part(reader: HFReader, name: str, parameter: Tensor, rule: WeightRule, groups: ProcessGroupCollection):
+    """This rank's part of the Hugging Face tensor `name`, of which `parameter` is made."""
+    if rule.split == "replicated":
+        return reader.read(name)
+    rank, size, shape = groups.tp.rank(), groups.tp.size(), reader.shape(name)
+    dim = int(rule.split == "columns")
+    width = parameter.shape[dim] if rule.num_rows else shape[dim] // size
+    end = min((rank + 1) * width, shape[dim])
+    return reader.read(name, dim=dim, start=min(rank * width, end), stop=end)
+
+
+def _check_shapes(reader: HFReader, rule: WeightRule, parameter: Tensor, size: int) -> None:
+    """Raise OptionError unless the tensors of `rule` make up the whole of which `parameter` is one of `size` parts."""
+    shapes = [reader.shape(name) for name in rule.names]
+    whole = list(parameter.shape)
+    if rule.split == "columns":
+        whole[1] *= size
+    elif rule.split != "replicated":
+        whole[0] = rule.num_rows or whole[0] * size
+    if sum(shape[0] for shape in shapes) != whole[0] or any(list(shape[1:]) != whole[1:] for shape in shapes):
+        found = ", ".join(f"{reader.original_name[n]} {s}" for n, s in zip(rule.names, shapes, strict=True))
+        rule_text = f"holds {found} where config.json asks for {tuple(whole)} in all"
+        raise OptionError("model.hf_path", reader.path, rule_text, _BELONG)
+
+
+_BELONG = "check that config.json and the weights belong together"
+
+
+def _check_names(reader: HFReader, rules: dict[str, WeightRule], groups: ProcessGroupCollection) -> None:
+    """Raise OptionError, on every rank, when the files lack a tensor of the model or hold one that it does not know."""
+    gathered: list = [None] * groups.pp.size()
+    dist.all_gather_object(gathered, [name for rule in rules.values() for name in rule.names], group=groups.pp)
+    needed = {name for names in gathered for name in names}
+    present = set(reader.original_name)
+    missing = sorted(needed - present)
+    # a tied head is stored by some; older files hold rotary tables, which are computed
+    unknown = sorted(n for n in present - needed if n != "lm_head.weight" and not n.endswith("inv_freq"))
+    for names, what in ((missing, "lacks"), (unknown, "holds unknown")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise OptionError("model.hf_path", reader.path, f"{what} {', '.join(names[:3])}{more}", _BELONG)
 
 
 def iterate_hf(
@@ -156,7 +217,7 @@ def iterate_hf(
         if rule.split == "replicated":
             full = (shard,)
         elif rule.split in ("rows", "columns"):
-            full = (torch.cat(shards, dim=int(rule.split == "columns")),)
+            full = (torch.cat(shards, dim=int(rule.split == "columns"))[: rule.num_rows],)
         elif rule.split == "gated":
             gates, ups = zip(*(s.chunk(2) for s in shards), strict=True)
             full = (torch.cat(gates), torch.cat(ups))

@@ -20,6 +20,8 @@ class ModelShape:
     layer_parameters: int
     vision_parameters: int
     head_parameters: int
+    num_first_layers: int = 1
+    """Layers that stay beside the vision tower, in the first chunk of the first pipeline stage."""
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
@@ -27,7 +29,6 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     for what, size in (
         ("attention heads", shape.num_heads),
         ("key-value heads", shape.num_query_groups),
-        ("vocabulary rows", shape.vocab_size),
         ("feed-forward columns", shape.ffn_hidden_size),
     ):
         if size % parallel.tensor:
@@ -36,17 +37,24 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     layers, given = shape.num_layers, parallel.pipeline_layout
     stages = parallel.pipeline * parallel.virtual_pipeline
     times = f"times parallel.virtual_pipeline={parallel.virtual_pipeline} " if parallel.virtual_pipeline > 1 else ""
-    if stages > layers:
-        rule = f"{times}exceeds the {layers} language layers"
-        raise OptionError("parallel.pipeline", parallel.pipeline, rule, f"use {layers} stages and chunks or less")
+    first = shape.num_first_layers
+    together = f", of which the first {first} stay together" if first > 1 else ""
+    most = layers - first + 1
+    if stages > most:
+        rule = f"{times}exceeds the {layers} language layers{together}"
+        raise OptionError("parallel.pipeline", parallel.pipeline, rule, f"use {most} stages and chunks or less")
     suggestion = f"parallel.pipeline_layout={balanced_layout(shape, stages)}".replace(" ", "")
     if given is None:
         if layers % stages:
             rule = f"{times}does not divide the {layers} language layers"
             remedy = f"say how many each stage gets, {suggestion}"
             raise OptionError("parallel.pipeline", parallel.pipeline, rule, remedy)
-    elif len(given) != stages or sum(given) != layers or min(given) < 1:
-        rule = f"must name {stages} stages of at least 1 layer that add up to {layers}"
+        if layers // stages < first:
+            rule = f"{times}gives the first chunk {layers // stages} of the {layers} language layers{together}"
+            remedy = f"say how many each stage gets, {suggestion}"
+            raise OptionError("parallel.pipeline", parallel.pipeline, rule, remedy)
+    elif len(given) != stages or sum(given) != layers or min(given) < 1 or given[0] < first:
+        rule = f"must name {stages} stages of at least 1 layer that add up to {layers}{together}"
         raise OptionError("parallel.pipeline_layout", str(given).replace(" ", ""), rule, f"use {suggestion}")
 
 
@@ -59,8 +67,8 @@ def balanced_layout(shape: ModelShape, num_stages: int) -> list[int]:
     cost = [0.0] * num_stages
     cost[0] += 4 * shape.vision_parameters / shape.layer_parameters
     cost[-1] += shape.head_parameters / shape.layer_parameters
-    layers = [1] * num_stages
-    for _ in range(shape.num_layers - num_stages):
+    layers = [shape.num_first_layers] + [1] * (num_stages - 1)
+    for _ in range(shape.num_layers - sum(layers)):
         lightest = min(range(num_stages), key=lambda stage: cost[stage] + layers[stage])
         layers[lightest] += 1
     return layers
@@ -72,6 +80,14 @@ def megatron_layout(layers: list[int]) -> list[list[str]]:
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding and the head that `tensor` ranks share evenly: `vocab_size` where it divides, else more."""
+    if vocab_size % tensor == 0:
+        return vocab_size
+    multiple = 16 * tensor  # and whole tiles of tensor cores on every rank
+    return -(-vocab_size // multiple) * multiple
 
 
 def _use(fits: list[int]) -> str:

@@ -12,11 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch
 from nemo_vopd.mcore.layers import KVCache, block_spec
-from nemo_vopd.vlm.hf_weights import Split, WeightRule
+from nemo_vopd.vlm.hf_weights import WeightRule
+from nemo_vopd.vlm.language import LAYER_RULES
+from nemo_vopd.vlm.layout import padded_vocab_size
 
 
 class LanguageModel(GPTModel):
@@ -32,12 +35,12 @@ class LanguageModel(GPTModel):
 class VisionLanguageModel(MegatronModule):
     """One pipeline chunk; the first one holds the vision tower, replicated over tensor parallelism.
 
-    A family subclasses it with its tower and the names of its layers' weights.
+    A family subclasses it with its tower and, where they differ, its language model and layers.
     """
 
-    language_class = LanguageModel
-    layer_rules: dict[str, tuple[tuple[str, ...], Split]]
-    """Parameter of a Megatron layer -> Hugging Face names below `layers.N.` and how they are split."""
+    language_class: type[LanguageModel] = LanguageModel
+    layer_class: type[TransformerLayer] = TransformerLayer
+    layer_rules = LAYER_RULES
 
     def __init__(
         self,
@@ -61,11 +64,15 @@ class VisionLanguageModel(MegatronModule):
         self.image_token_id = hf.image_token_id
         self.share_embeddings_and_output_weights = hf.tie_word_embeddings
         text: Any = hf.text_config
-        self.vision = self.build_tower(hf).to(config.params_dtype) if pre_process else None
+        self.vision = self.build_tower(hf) if pre_process else None
+        if self.vision is not None:  # not `.to`: rotary frequencies, which are buffers, stay float32
+            for parameter in self.vision.parameters():
+                parameter.data = parameter.data.to(config.params_dtype)
+        spec = block_spec(config, layer_spec, pp_rank=groups.pp.rank(), vp_stage=vp_stage, layer_class=self.layer_class)
         self.language = self.language_class(
             config,
-            block_spec(config, layer_spec, pp_rank=groups.pp.rank(), vp_stage=vp_stage),  # type: ignore[arg-type]
-            vocab_size=text.vocab_size,
+            spec,  # type: ignore[arg-type]
+            vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
@@ -78,8 +85,16 @@ class VisionLanguageModel(MegatronModule):
         )
 
     def build_tower(self, hf: Any) -> torch.nn.Module:
-        """The vision tower: (pixel_values [N, D], grid_thw [num_images, 3]) -> features of the image tokens."""
+        """The vision tower, with weights named as below `visual.` of the Hugging Face model."""
         raise NotImplementedError
+
+    def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the tower makes of patches [N, D] of images `grid_thw` [num_images, 3], for their n image tokens.
+
+        The first [n, H] are the tokens' embeddings; the others [n, H] are for layers that add them (`layer_class`).
+        """
+        assert self.vision is not None
+        return self.vision(pixel_values, grid_thw), []
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states from the previous pipeline stage (called by Megatron's schedules)."""
@@ -115,28 +130,41 @@ class VisionLanguageModel(MegatronModule):
             grid_thw: [num_images, 3] patch grids of these images.
             cache: keys and values of earlier tokens, while sampling.
         """
-        embeddings = None
+        embeddings, added = None, None
         if self.pre_process:
-            embeddings = self._embed(token_ids, pixel_values, grid_thw)
+            embeddings, added = self._embed(token_ids, pixel_values, grid_thw)
         return self.language(
             input_ids=token_ids,
             position_ids=position_ids,
             attention_mask=cache,
             decoder_input=embeddings,
+            # the slot of cross-attention: Megatron hands it to every layer, and through recomputation as an input
+            extra_block_kwargs={"context": added},
         )
 
-    def _embed(self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None) -> Tensor:
+    def _embed(
+        self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [s, b, H] and, if the tower has any, K features to add later [s, b, K, H], zero beside images."""
+        added = None
         embeddings = self.language.embedding(input_ids=token_ids, position_ids=None)  # [s, b, H]
         if pixel_values is not None and pixel_values.size(0):
-            assert self.vision is not None and grid_thw is not None
-            features = self.vision(pixel_values.to(embeddings.dtype), grid_thw)
+            assert grid_thw is not None
+            features, extra = self.image_features(pixel_values.to(embeddings.dtype), grid_thw)
             by_sequence = embeddings.transpose(0, 1)  # images follow the order of sequences, so [b, s, H]
             is_image = (token_ids == self.image_token_id)[..., None]
             embeddings = by_sequence.masked_scatter(is_image, features.to(by_sequence.dtype)).transpose(0, 1)
             embeddings = embeddings.contiguous()
+            if extra:
+                b, s = token_ids.shape
+                zeros = embeddings.new_zeros((b, s, len(extra), embeddings.size(-1)))
+                stacked = torch.stack(extra, dim=1).to(zeros.dtype)
+                added = zeros.masked_scatter(is_image[..., None], stacked).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
-            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
-        return embeddings
+            split = tensor_parallel.scatter_to_sequence_parallel_region
+            embeddings = split(embeddings, group=self.groups.tp)
+            added = split(added, group=self.groups.tp) if added is not None else None
+        return embeddings, added
 
     def response_hidden(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """[T, H]: the rows of `hidden` (this last stage's output) that predict the batch's response tokens."""

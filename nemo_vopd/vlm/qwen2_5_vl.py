@@ -17,69 +17,22 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from nemo_vopd.config import ParallelConfig
-from nemo_vopd.vlm.hf_weights import Split
-from nemo_vopd.vlm.layout import ModelShape, check_layout, megatron_layout
+from nemo_vopd.vlm.language import language_config, language_shape
+from nemo_vopd.vlm.layout import ModelShape, check_layout
 from nemo_vopd.vlm.model import VisionLanguageModel
 
 
 def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
     """What a layout has to divide, with parameter counts from the configuration."""
-    text: Any = hf.text_config
     vision: Any = hf.vision_config
-    hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
-    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
     tower_layer = vision.hidden_size * (4 * vision.hidden_size + 3 * vision.intermediate_size)
-    return ModelShape(
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        ffn_hidden_size=text.intermediate_size,
-        vocab_size=text.vocab_size,
-        layer_parameters=attention + 3 * hidden * text.intermediate_size,
-        vision_parameters=vision.depth * tower_layer,
-        head_parameters=text.vocab_size * hidden,
-    )
+    return language_shape(hf.text_config, vision_parameters=vision.depth * tower_layer)
 
 
 def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
     check_layout(model_shape(hf), parallel)
-    text: Any = hf.text_config
-    layers = parallel.pipeline_layout
-    return TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=text.hidden_size // text.num_attention_heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        pipeline_model_parallel_layout=megatron_layout(layers) if layers else None,  # type: ignore[arg-type]
-        sequence_parallel=parallel.sequence,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
-        # microbatches of different lengths cross the pipeline stages; Megatron accepts that only with this dispatcher
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        # gradients are divided once by the global number of response tokens, whatever the layout
-        calculate_per_token_loss=True,
-        persist_layer_norm=torch.cuda.is_available(),
-        batch_p2p_comm=torch.cuda.is_available(),
-    )
+    return language_config(hf, parallel, dtype, add_qkv_bias=True)
 
 
 class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
@@ -154,24 +107,8 @@ def _equal_segments(lengths: Tensor) -> list[Tensor]:
     return [starts[lengths == n][:, None] + torch.arange(n) for n in lengths.unique().tolist()]
 
 
-_QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
-LAYER_RULES: dict[str, tuple[tuple[str, ...], Split]] = {
-    "input_layernorm.weight": (("input_layernorm.weight",), "replicated"),
-    "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), "replicated"),
-    "self_attention.linear_qkv.weight": (tuple(n.format("weight") for n in _QKV), "qkv"),
-    "self_attention.linear_qkv.bias": (tuple(n.format("bias") for n in _QKV), "qkv"),
-    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), "columns"),
-    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), "replicated"),
-    "mlp.linear_fc1.layer_norm_weight": (("post_attention_layernorm.weight",), "replicated"),
-    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated"),
-    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), "columns"),
-}
-
-
 class Qwen2_5_VL(VisionLanguageModel):
     """One pipeline chunk of Qwen2.5-VL."""
-
-    layer_rules = LAYER_RULES
 
     def build_tower(self, hf: Any) -> torch.nn.Module:
         """Hugging Face's tower with its own weights."""

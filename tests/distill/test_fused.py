@@ -125,3 +125,26 @@ def test_trust_region_teacher_is_a_mixture_of_logits():
     (ours,) = torch.autograd.grad(loss, student)
     (dense,) = torch.autograd.grad(expected, student)
     torch.testing.assert_close(ours, dense, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("num_padding", [3, 60])
+def test_rows_of_no_token_take_no_part(options, num_padding):
+    """Heads with more rows than the vocabulary, as shards that must be equal have; their content is arbitrary."""
+    student, weight, teacher, teacher_weight, token_weights, tokens, rollout = problem(torch.float64)
+    arguments = dict(**options, tokens=tokens, rollout_log_probs=rollout, max_importance_weight=2.0, teacher_mix=0.2)
+    loss, stats = fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **arguments)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (student, weight))]
+    padding = torch.full((num_padding, weight.size(1)), 9.0, dtype=weight.dtype)
+    padded, padded_teacher = (
+        torch.cat([weight.detach(), padding]).requires_grad_(),
+        torch.cat([teacher_weight, padding]),
+    )
+    loss, padded_stats = fused_linear_jsd(
+        student, padded, teacher, padded_teacher, token_weights, **arguments, vocab_size=len(weight)
+    )
+    hidden_grad, weight_grad = torch.autograd.grad(loss, (student, padded))
+    assert not weight_grad[len(weight) :].any()
+    for value, reference in zip([loss.detach(), hidden_grad, weight_grad[: len(weight)]], expected, strict=True):
+        torch.testing.assert_close(value, reference, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(padded_stats.sums(), stats.sums(), atol=1e-9, rtol=1e-6)

@@ -1,0 +1,71 @@
+"""Between a run's checkpoint and a Hugging Face directory.
+
+python recipes/convert_checkpoint.py export checkpoint=runs/train/checkpoints/last output=my/student
+python recipes/convert_checkpoint.py export checkpoint=runs/train/checkpoints/last output=my/teacher weights=teacher
+python recipes/convert_checkpoint.py import model.hf_path=my/student output=my/checkpoint
+
+Under torchrun, the ranks of an export share the files out; those of an import hold the model together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from nemo_vopd.cli import run_recipe
+from nemo_vopd.config import Config, ModelConfig, ParallelConfig, PrecisionConfig
+from nemo_vopd.errors import OptionError
+from nemo_vopd.validation import typed, validate
+
+
+@dataclass
+class ConvertConfig:
+    """What to convert; `parallel` and `precision` are those of an import."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=lambda: PrecisionConfig("auto"))
+    action: str = "???"
+    """export | import: the first word on the command line."""
+    checkpoint: str | None = None
+    """export: a folder checkpoints/step-* or checkpoints/last."""
+    output: str = "???"
+    """New directory."""
+    weights: str = "student"
+    """export: student | teacher"""
+
+
+ConfigStore.instance().store(name="nemo_vopd_convert", node=ConvertConfig)
+
+
+def main(cfg: DictConfig) -> None:
+    """Check the request, then convert."""
+    options = typed(cfg, ConvertConfig)
+    config = Config(model=options.model, parallel=options.parallel, precision=options.precision)
+    config.data.path = "unused"
+    validate(config)
+    output = Path(options.output)
+    if options.action not in ("export", "import"):
+        raise OptionError("action", options.action, "must be export or import", "say convert_checkpoint.py export ...")
+    if options.weights not in ("student", "teacher"):
+        raise OptionError("weights", options.weights, "must be student or teacher", "set weights=student")
+    if output.exists():
+        raise OptionError("output", output, "exists", "choose another directory")
+    if options.action == "export" and not Path(options.checkpoint or "").is_dir():
+        remedy = "give a folder of <exp_dir>/checkpoints"
+        raise OptionError("checkpoint", options.checkpoint, "is not a directory", remedy)
+    if options.action == "import" and not config.model.hf_path:
+        raise OptionError("model.hf_path", config.model.hf_path, "names no directory", "give the model to import")
+    from nemo_vopd.runtime.convert import export_checkpoint, import_model  # Megatron takes seconds to import
+
+    if options.action == "export":
+        export_checkpoint(config, Path(options.checkpoint or ""), options.weights, output)
+    else:
+        import_model(config, output)
+
+
+if __name__ == "__main__":
+    run_recipe(main, "convert_checkpoint", verb="action")
