@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch
+from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage
 
 LossFunction = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -26,7 +27,10 @@ def _run(
 
     def forward_step(iterator, model):
         index, batch = next(iterator)
-        hidden = model(batch.token_ids, batch.position_ids, batch.pixel_values, batch.grid_thw)
+        patches = None
+        if model is chunks[0] and parallel.is_first_stage(groups):  # the only chunk that reads them
+            patches = batch.pixel_values.to(batch.token_ids.device, non_blocking=True)
+        hidden = model(batch.token_ids, batch.position_ids, patches, batch.grid_thw)
         return hidden, partial(on_last_stage, index, batch)
 
     iterators: Any = [iter(enumerate(batches)) for _ in chunks]

@@ -66,14 +66,17 @@ def export(checkpoint: Path, kind: str, source: Path, output: Path, num_query_gr
     if rank == 0:
         _begin(partial, {"checkpoint": str(checkpoint.resolve()), "weights": kind})
     _barrier()
-    read = functools.lru_cache(maxsize=2)(tensors.read)  # query, key and value come out of one matrix
+    read_fused = functools.lru_cache(maxsize=2)(tensors.read)  # query, key and value come out of one matrix
 
     def convert(name: str) -> Tensor:
         rule, place = _rule(name)
-        key, was = f"{kind}.{rule.names[0]}", original.read(name)
+        key, shape = f"{kind}.{rule.names[0]}", original.shape(name)
         if key not in tensors:  # frozen
-            return was
-        return split_fused(read(key), rule.split, num_query_groups, place, len(was)).reshape(was.shape).to(was.dtype)
+            return original.read(name)
+        if len(rule.names) == 1:
+            return tensors.read(key).reshape(shape).to(original.dtype(name))
+        part = split_fused(read_fused(key), rule.split, num_query_groups, place, shape[0])
+        return part.reshape(shape).to(original.dtype(name))
 
     files = original.files()
     mine = [file for i, file in enumerate(sorted(files)) if i % world == rank and not (partial / file).exists()]

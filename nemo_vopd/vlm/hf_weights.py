@@ -85,12 +85,19 @@ class HFReader:
         """Shape of tensor `name` (canonical), which must be there."""
         return tuple(self._handle(self._file[name]).get_slice(self.original_name[name]).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of tensor `name` (canonical), which must be there."""
+        return _DTYPES[self._handle(self._file[name]).get_slice(self.original_name[name]).get_dtype()]
+
     def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor `name` (canonical), or its part [start, stop) along `dim` (0 or 1); only that part is read."""
         lazy = self._handle(self._file[name]).get_slice(self.original_name[name])
         if start == 0 and stop is None:
             return lazy[:]
         return lazy[start:stop] if dim == 0 else lazy[:, start:stop]
+
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def _interleave(q: Tensor, k: Tensor, v: Tensor, num_groups: int) -> Tensor:

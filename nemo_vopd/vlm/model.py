@@ -40,7 +40,6 @@ class VisionLanguageModel(MegatronModule):
 
     language_class: type[LanguageModel] = LanguageModel
     layer_class: type[TransformerLayer] = TransformerLayer
-    layer_rules = LAYER_RULES
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ class VisionLanguageModel(MegatronModule):
         # decoder.layers.<local index>.<rest>
         _, _, index, rest = name.split(".", 3)
         number = self.language.decoder.layers[int(index)].layer_number - 1  # type: ignore[operator,index]
-        hf_names, split = self.layer_rules[rest]
+        hf_names, split = LAYER_RULES[rest]
         return WeightRule(tuple(f"layers.{number}.{hf_name}" for hf_name in hf_names), split)
 
 

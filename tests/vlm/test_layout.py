@@ -1,5 +1,7 @@
 """Layouts: what divides, what is refused, and how layers are balanced beside the vision tower."""
 
+import dataclasses
+
 import pytest
 
 from nemo_vopd.config import ParallelConfig
@@ -44,6 +46,16 @@ def test_no_stage_could_give_a_layer_away(stages):
     cost[-1] += SHAPE.head_parameters / SHAPE.layer_parameters
     assert sum(layers) == 80 and max(cost) <= min(cost) + 1 + 1e-9
     check_layout(SHAPE, ParallelConfig(pipeline=stages, pipeline_layout=layers))
+
+
+@pytest.mark.parametrize("stages", [2, 4, 26, 78])
+def test_layers_that_belong_beside_the_tower_stay_there(stages):
+    shape = dataclasses.replace(SHAPE, num_first_layers=3)
+    layers = balanced_layout(shape, stages)
+    assert sum(layers) == 80 and layers[0] >= 3
+    check_layout(shape, ParallelConfig(pipeline=stages, pipeline_layout=layers))
+    with pytest.raises(OptionError, match="of which the first 3 stay together; use 78 stages and chunks"):
+        check_layout(shape, ParallelConfig(pipeline=79))
 
 
 def test_megatron_reads_the_layout():

@@ -73,6 +73,13 @@ def test_export_is_what_was_imported(tmp_path, groups):
     assert all(torch.equal(original[name], exported[name]) for name in original)
 
 
+def test_rotary_frequencies_of_the_tower_stay_float32(groups):
+    """As in transformers: rounded to bfloat16, positions in large images would drift."""
+    tower = build(make_config(), groups, dtype=torch.bfloat16).vision
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in tower.buffers()} == {torch.float32}
+
+
 def test_layouts_that_do_not_divide_are_refused():
     config = make_config()
     with pytest.raises(OptionError, match="parallel.tensor=3: must divide the 4 attention heads; use 1 or 2"):
