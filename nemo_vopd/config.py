@@ -144,7 +144,7 @@ class ImportanceConfig:
 
 @dataclass
 class EarlyStopConfig:
-    """End the run when a monitored number leaves its range (late collapse, docs/algorithm.md section 9)."""
+    """End the run when a monitored number leaves its range (late collapse, docs/troubleshooting.md)."""
 
     metric: str | None = None
     """entropy | mean_response_length | distinct_2 | student_topk_mass | full_accuracy | crop_accuracy; null: off."""

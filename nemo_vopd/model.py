@@ -259,7 +259,13 @@ class VisionOPDModel(ModelPT):
             keep_lines_before(Path(self.config.rollout.dump_path), step)
         self.control.write_status("running", step, self.checkpointer.last)
         self.timers = Timers()
-        self._evaluate(step)
+        if step == 0:  # a checkpoint was measured before it was written
+            self._evaluate(step)
+
+    def on_train_end(self) -> None:
+        """End the loader's processes; left to the interpreter's exit they take seconds."""
+        super().on_train_end()
+        self._prompts.close()  # type: ignore[union-attr]
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
         """Between two steps: measure accuracy where it is due, save, and stop when there is a reason to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +37,8 @@ def _require(ok: bool, option: str, value: object, rule: str, remedy: str) -> No
 def _at_least(minimum: float, **options: float) -> None:
     for name, value in options.items():
         option = name.replace("__", ".")
-        _require(value >= minimum, option, value, f"must be at least {minimum}", f"set {option}={minimum} or more")
+        ok = math.isfinite(value) and value >= minimum
+        _require(ok, option, value, f"must be at least {minimum} and finite", f"set {option}={minimum} or more")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -72,6 +74,7 @@ def validate(config: Config) -> None:
         trainer__max_tokens_per_microbatch=config.trainer.max_tokens_per_microbatch,
         trainer__max_skipped_updates=config.trainer.max_skipped_updates,
         trainer__log_every_n_steps=config.trainer.log_every_n_steps,
+        evaluation__num_samples=config.evaluation.num_samples,
         checkpoint__keep_last=config.checkpoint.keep_last,
         distill__early_stop__patience=distill.early_stop.patience,
     )
@@ -86,7 +89,7 @@ def validate(config: Config) -> None:
         optimizer__warmup_steps=optimizer.warmup_steps,
         checkpoint__every_n_steps=config.checkpoint.every_n_steps,
         evaluation__every_n_steps=config.evaluation.every_n_steps,
-        evaluation__num_samples=config.evaluation.num_samples,
+        optimizer__eps=optimizer.eps,
     )
     for name, view in (("full", data.full), ("crop_pixels", data.crop_pixels)):
         _require(
@@ -105,8 +108,10 @@ def validate(config: Config) -> None:
     _require(0 <= distill.alpha <= 1, "distill.alpha", distill.alpha, "must lie in [0, 1]", "set it to 0.5")
     if distill.top_k is not None:
         _at_least(1, distill__top_k=distill.top_k)
-    for name, value in (("rate", distill.teacher.rate), ("mix", distill.teacher.mix)):
-        _require(0 <= value <= 1, f"distill.teacher.{name}", value, "must lie in [0, 1]", "set it to 0.05")
+    for name, value, default in (("rate", distill.teacher.rate, 0.05), ("mix", distill.teacher.mix, 0.1)):
+        _require(0 <= value <= 1, f"distill.teacher.{name}", value, "must lie in [0, 1]", f"set it to {default}")
+    for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        _require(0 <= value < 1, f"optimizer.{name}", value, "must lie in [0, 1)", "set it to 0.9 or 0.999")
     if distill.importance.max_weight is not None:
         weight = distill.importance.max_weight
         _require(weight > 0, "distill.importance.max_weight", weight, "must be positive or null", "set it to 2.0")

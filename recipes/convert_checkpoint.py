@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         raise OptionError("weights", options.weights, "must be student or teacher", "set weights=student")
     if output.exists():
         raise OptionError("output", output, "exists", "choose another directory")
-    if options.action == "export" and not Path(options.checkpoint or "").is_dir():
+    if options.action == "export" and (options.checkpoint is None or not Path(options.checkpoint).is_dir()):
         remedy = "give a folder of <exp_dir>/checkpoints"
         raise OptionError("checkpoint", options.checkpoint, "is not a directory", remedy)
     if options.action == "import" and not config.model.hf_path:

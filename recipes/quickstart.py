@@ -23,11 +23,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.config import Config, OptimizerConfig, from_hydra
+from nemo_vopd.config import Config, OptimizerConfig
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.synthetic import write_digits
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.errors import OptionError
+from nemo_vopd.validation import from_hydra
 
 PARTS = ("data", "init", "base", "student")
 """Folders below exp_dir that every run of this recipe makes anew."""

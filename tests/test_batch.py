@@ -53,3 +53,11 @@ def test_the_budget_is_used_up_and_an_overlong_rollout_stands_alone():
     assert [len(g) for g in split_by_token_budget([make_rollout(4, 6, 4) for _ in range(4)], 20)] == [2, 2]
     groups = split_by_token_budget([make_rollout(4, 50, 4), make_rollout(4, 6, 4)], 20)
     assert [len(g) for g in groups] == [1, 1]
+
+
+def test_patches_wait_in_host_memory_until_their_microbatch_runs():
+    rollout = make_rollout(student=4, teacher=6, response=3)
+    batch = collate([rollout], [rollout.sample.student], pad_token_id=0)
+    moved = batch.to(torch.device("meta"))
+    assert moved.pixel_values is batch.pixel_values
+    assert all(value.is_meta for name, value in vars(moved).items() if name != "pixel_values")

@@ -16,6 +16,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 SMALL = {
     "--config-name train": ["trainer.max_steps=2", "data.batch_size=2", "rollout.n=2", "rollout.max_response_length=4"],
     "--config-name tiny": ["trainer.max_steps=2"],
+    "recipes/generate.py": ["max_new_tokens=3"],
     "recipes/evaluate.py": ["limit=4", "rollout.max_response_length=4"],
 }
 
@@ -24,6 +25,7 @@ def local(command: str, folder: Path, model: Path) -> list[str]:
     """The arguments of a README command with its placeholders replaced."""
     command = command.replace("my/", f"{folder}/").replace("Qwen2.5-VL-7B-Instruct", str(model))
     command = command.replace("runs/", f"{folder}/runs/").replace("output=gap", f"output={folder}/gap")
+    command = command.replace("photo.jpg", next((folder / "images").iterdir()).relative_to(folder).as_posix())
     # a tiny model has two key-value heads, and this machine two cores
     command = command.replace("--nproc-per-node 8", "--nproc-per-node 2").replace(
         "parallel.tensor=4", "parallel.tensor=2"
@@ -33,7 +35,8 @@ def local(command: str, folder: Path, model: Path) -> list[str]:
     prefix = [*interpreter, "-m", "torch.distributed.run", "--standalone"] if program == "torchrun" else interpreter
     extra = [item for key, items in SMALL.items() if key in command for item in items]
     if "train_vopd" in command:
-        extra.append(f"exp_manager.exp_dir={folder}/run")
+        name = "train" if "--config-name train" in command else "tiny"
+        extra.append(f"exp_manager.exp_dir={folder}/runs/{name}")
     return [*prefix, *arguments, *extra]
 
 
@@ -48,7 +51,7 @@ def test_commands_run_in_order(assets, tmp_path):
     write_digits(tmp_path / "digits", num_samples=24, seed=2)
     (tmp_path / "digits").rename(tmp_path / "my")
     commands = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
-    assert len(commands) == 5
+    assert len(commands) == 8
     for command in commands:
         done = run(*local(command, tmp_path / "my", assets / "tiny-vlm"), NEMO_VOPD_TINY=str(assets))
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"

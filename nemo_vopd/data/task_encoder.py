@@ -7,6 +7,7 @@ slice. Reading the others' bytes costs little next to decoding, and loader state
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -254,6 +255,14 @@ def require_dataset(path: str | Path, option: str = "data.path") -> Path:
     if missing:
         raise OptionError(option, path, f"lacks {missing[0]} ({len(missing)} shards in all)", "copy it again in full")
     return folder
+
+
+def fingerprint(path: str | Path) -> str:
+    """What tells the Energon data set `path` from others and is the same for its copies: its shards and their sizes."""
+    index = (Path(path) / ".nv-meta" / ".info.json").read_bytes()
+    shards = json.loads(index)["shard_counts"]
+    sizes = {name: (Path(path) / name).stat().st_size for name in shards}
+    return hashlib.sha256(index + json.dumps(sizes, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_counts(folder: Path) -> dict[str, int]:

@@ -17,6 +17,7 @@ from nemo.utils import logging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_vopd.config import Config
+from nemo_vopd.data.task_encoder import fingerprint
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.mcore import checkpoint, cpu, parallel
 from nemo_vopd.mcore.rng import restore_rng, rng_state
@@ -68,8 +69,6 @@ class Checkpointer:
             else:
                 request.execute_sync()
         except (CheckpointException, CheckpointingException, OSError) as error:
-            if parallel.is_rank_zero():
-                self.folder.repair()  # make room again
             self._failed(step, error)
 
     def finish(self, *, wait: bool) -> None:
@@ -106,6 +105,8 @@ class Checkpointer:
             raise error
 
     def _failed(self, step: int | None, error: BaseException) -> None:
+        if parallel.is_rank_zero():
+            self.folder.repair()  # make room again
         what = "a background checkpoint" if step is None else f"the checkpoint of step {step}"
         reason = str(error).strip().splitlines()[-1]
         kept = f"{self.last} is complete" if self.last else "there is none before it"
@@ -123,10 +124,10 @@ class Checkpointer:
         manifest = _from_rank_zero(lambda: read_manifest(path))
         if "state.pt" not in manifest["files"]:
             rule = "holds weights alone, no run to resume"
-            raise OptionError("checkpoint", path, rule, "give the model as model.hf_path and another exp_dir")
+            raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
         _check_same_run(manifest, self.config, model)
         state = read_state(path)
-        remedy = "delete that directory to resume from the one before it"
+        remedy = "delete it to resume from the one before it"
         try:
             checkpoint.check_metadata(path)
             checkpoint.load(model.sharded_state(), model.student, model.groups, path)
@@ -181,6 +182,7 @@ def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any
         "versions": _versions(),
         "layout": _layout(config),
         "model": dataclasses.asdict(model.shape),
+        "data": fingerprint(config.data.path),
         "config": dataclasses.asdict(config),
     }
 
@@ -200,6 +202,9 @@ def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDMo
         if now != before:
             rule = f"the run to resume has {before}, and the order of samples depends on it"
             raise OptionError(option, now, rule, f"set {option}={before}, {anew}")
+    if manifest["data"] != fingerprint(config.data.path):
+        rule = "is another data set than that of the run to resume, whose position in it was saved"
+        raise OptionError("data.path", config.data.path, rule, f"give the same one (or a copy), {anew}")
     frozen = dataclasses.asdict(config.model.freeze)
     if frozen != was["model"]["freeze"]:
         rule = f"the run to resume has {was['model']['freeze']}"

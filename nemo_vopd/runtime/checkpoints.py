@@ -114,7 +114,7 @@ def write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of `checkpoint`. Raises OptionError when the folder is foreign or files are missing or cut off."""
-    remedy = "delete that directory to resume from the one before it, or start anew in another exp_manager.exp_dir"
+    remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
@@ -145,7 +145,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         rule = f"state.pt cannot be read ({str(error).splitlines()[0]})"
-        raise OptionError("checkpoint", checkpoint, rule, "delete that directory") from None
+        remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
+        raise OptionError("checkpoint", checkpoint, rule, remedy) from None
 
 
 def _sync_folder(path: Path) -> None:

@@ -66,6 +66,8 @@ class RunControl:
 
     def watch(self, values: dict[str, float]) -> None:
         """Compare newly measured `values` with the range of `distill.early_stop`."""
+        if values.get("num_response_tokens") == 0:  # says nothing
+            return
         rule = self.config.distill.early_stop
         if rule.metric in values:
             self.outside_in_a_row = self.outside_in_a_row + 1 if _outside(values[rule.metric], rule) else 0
@@ -95,12 +97,15 @@ class RunControl:
             mine = REASONS.index("max_time")
         code = torch.tensor(mine, dtype=torch.int32, device=cpu.device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        return self.finished(step) or (REASONS[int(code)] if code >= 0 else None)
+
+    def finished(self, step: int) -> str | None:
+        """Why there is nothing left to do after `step` steps, if so."""
         early_stop = self.config.distill.early_stop
         if step >= self.config.trainer.max_steps:
             return "max_steps"
-        if early_stop.metric is not None and self.outside_in_a_row >= early_stop.patience:
-            return "early_stop"
-        return REASONS[int(code)] if code >= 0 else None
+        outside = early_stop.metric is not None and self.outside_in_a_row >= early_stop.patience
+        return "early_stop" if outside else None
 
     def write_status(self, reason: str, step: int, checkpoint: Path | None) -> None:
         """status.json: whether the run is finished, for scripts that decide about another job."""

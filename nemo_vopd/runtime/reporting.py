@@ -36,8 +36,10 @@ class Reporter:
     def open(self, first_step: int) -> None:
         """Open the files on rank 0; lines from `first_step` on are those of an interrupted run and are taken out."""
         if parallel.is_rank_zero():
-            for name in ("metrics", "evaluations", "dropped"):
+            for name in ("metrics", "dropped"):
                 self._files[name] = MetricsFile(self.folder / f"{name}.jsonl", first_step)
+            # accuracy after a step is measured before that step's checkpoint is written
+            self._files["evaluations"] = MetricsFile(self.folder / "evaluations.jsonl", first_step + (first_step > 0))
 
     def write(self, name: str, values: dict) -> None:
         """Append one line to `<name>.jsonl` (rank 0)."""
@@ -115,7 +117,7 @@ class Reporter:
                 "data.max_dropped_fraction",
                 limit,
                 f"was exceeded: {num} of {self.num_records} records could not be used ({reasons})",
-                f"mend the records that {self.folder / 'dropped.jsonl'} names, or raise the limit",
+                f"mend the records that {self.folder / 'dropped.jsonl'} names and start anew, or raise the limit",
             )
 
     def state(self) -> dict:

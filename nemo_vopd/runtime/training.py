@@ -21,6 +21,7 @@ from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.runtime.checkpointer import Checkpointer
+from nemo_vopd.runtime.control import RunControl
 from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
 from nemo_vopd.vlm import check_model
@@ -33,6 +34,7 @@ def train(config: Config) -> VisionOPDModel:
     if config.evaluation.every_n_steps and config.evaluation.path is not None:
         require_dataset(config.evaluation.path, "evaluation.path")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
+    _make_folder(config)
     groups = parallel.initialize(config.parallel, seed=config.seed)
     if parallel.is_rank_zero():
         folder = Checkpointer(config).folder
@@ -43,6 +45,7 @@ def train(config: Config) -> VisionOPDModel:
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
     start_experiment(trainer, config)
+    RunControl(config).write_status("running", 0, None)  # what an earlier run left must not be taken for this one
     if parallel.is_rank_zero():
         print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
     # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
@@ -52,19 +55,30 @@ def train(config: Config) -> VisionOPDModel:
         step = 0 if last is None else model.checkpointer.restore(model, Path(last))
         if parallel.is_rank_zero() and step:
             print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
-        if step >= config.trainer.max_steps:
-            model.control.write_status("max_steps", step, model.checkpointer.last)
+        if reason := model.control.finished(step):
+            model.control.write_status(reason, step, model.checkpointer.last)
         else:
             trainer.fit(model)
     _tell_end(model)
     return model
 
 
+def _make_folder(config: Config) -> None:
+    """Raise OptionError now, not after the model was read, when the run's folder cannot be written."""
+    folder = Path(config.exp_manager["exp_dir"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("exp_manager.exp_dir", folder, f"cannot be made ({error.strerror})", "name another") from None
+
+
 def _tell_end(model: VisionOPDModel) -> None:
     status = json.loads(model.control.status_file.read_text()) if parallel.is_rank_zero() else None
     if status is None:
         return
-    saved = f"; saved as {status['checkpoint']}" if status["checkpoint"] else ""
+    last = status["checkpoint"]
+    current = last is not None and last.endswith(f"step-{status['step']:08d}")
+    saved = f"; saved as {last}" if current else f"; its last checkpoint is {last}" if last else "; nothing was saved"
     again = "" if status["finished"] else "; the same command resumes it"
     print(f"ended after step {status['step']} of {status['max_steps']}: {status['reason']}{saved}{again}", flush=True)
 

@@ -39,7 +39,11 @@ def hf_config(config: Config) -> Any:
     if not (path / "config.json").is_file():
         remedy = "give the directory of a Hugging Face vision-language model"
         raise OptionError("model.hf_path", path, "has no config.json", remedy)
-    hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        rule = f"has a config.json that cannot be read ({str(error).splitlines()[0]})"
+        raise OptionError("model.hf_path", path, rule, "copy the model again") from None
     if hf.model_type not in _FAMILIES:
         remedy = f"give a model of type {' or '.join(_FAMILIES)}"
         raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", remedy)
@@ -87,7 +91,8 @@ def freeze(stage: Stage, options: FreezeConfig) -> None:
         parameter.requires_grad_(not frozen)
     if not any(parameter.requires_grad for parameter in stage.parameters()):
         rule = "leaves nothing to train on a pipeline stage"
-        raise OptionError("model.freeze.language", options.language, rule, "set it to false, or parallel.pipeline=1")
+        remedy = "train more parts, or hold the whole model on one stage with parallel.pipeline=1"
+        raise OptionError("model.freeze.language", options.language, rule, remedy)
 
 
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:

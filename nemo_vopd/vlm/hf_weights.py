@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -65,7 +65,12 @@ class HFReader:
         self._file: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}  # type: ignore[valid-type]
         for file in files:
-            for name in self._handle(file).keys():
+            try:
+                names = list(self._handle(file).keys())
+            except SafetensorError as error:
+                rule = f"holds {file.name}, which cannot be read ({error})"
+                raise OptionError("model.hf_path", path, rule, "copy the model again") from None
+            for name in names:
                 self.original_name[canonical(name)] = name
                 self._file[canonical(name)] = file
 

@@ -174,8 +174,8 @@ def evil_loader(checkpoint: Path, ran: Path) -> None:
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (cut_off, r"is damaged: \S+ has 100 bytes of \d+; delete that directory"),
-        (remove, "is damaged: .metadata is missing; delete that directory"),
+        (cut_off, r"is damaged: \S+ has 100 bytes of \d+; take another"),
+        (remove, "is damaged: .metadata is missing; take another"),
         (foreign, "is not a checkpoint of this program"),
         (evil_metadata, r"cannot be read \(io.open does not belong there\)"),
         (evil_state, "state.pt cannot be read"),
