@@ -43,7 +43,7 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     if stages > most:
         rule = f"{times}exceeds the {layers} language layers{together}"
         raise OptionError("parallel.pipeline", parallel.pipeline, rule, f"use {most} stages and chunks or less")
-    suggestion = f"parallel.pipeline_layout={balanced_layout(shape, stages)}".replace(" ", "")
+    suggestion = f"parallel.pipeline_layout={balanced_layout(shape, stages, parallel.tensor)}".replace(" ", "")
     if given is None:
         if layers % stages:
             rule = f"{times}does not divide the {layers} language layers"
@@ -58,14 +58,15 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         raise OptionError("parallel.pipeline_layout", str(given).replace(" ", ""), rule, f"use {suggestion}")
 
 
-def balanced_layout(shape: ModelShape, num_stages: int) -> list[int]:
+def balanced_layout(shape: ModelShape, num_stages: int, tensor: int = 1) -> list[int]:
     """Language layers of each stage so that the heaviest stage is as light as possible.
 
     Cost is parameters times the positions they see: the tower sees four patches for each image token that reaches
-    the language model, the head is charged once (it sees response rows only, but of student and teacher).
+    the language model, and each of `tensor` ranks runs all of it; the head is charged once (it sees response rows
+    only, but of student and teacher).
     """
     cost = [0.0] * num_stages
-    cost[0] += 4 * shape.vision_parameters / shape.layer_parameters
+    cost[0] += 4 * tensor * shape.vision_parameters / shape.layer_parameters
     cost[-1] += shape.head_parameters / shape.layer_parameters
     layers = [shape.num_first_layers] + [1] * (num_stages - 1)
     for _ in range(shape.num_layers - sum(layers)):

@@ -1,0 +1,159 @@
+"""Operations and seconds of one step, from data-sheet peaks and stated efficiencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_vopd.config import Config
+from nemo_vopd.planning.assumptions import Assumptions, Gpu
+from nemo_vopd.planning.count import ModelCount, StageCount
+from nemo_vopd.planning.memory import element_bytes, kv_cache_bytes
+from nemo_vopd.planning.workload import Packed, Workload
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one forward pass on one GPU."""
+
+    language: float
+    vision: float
+
+    def seconds(self, peak: float, assume: Assumptions) -> float:
+        """At the assumed share of `peak`."""
+        return self.language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.language + other.language, self.vision + other.vision)
+
+    def times(self, factor: float) -> Cost:
+        """`factor` such passes."""
+        return Cost(self.language * factor, self.vision * factor)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One step."""
+
+    flops: dict[str, float]
+    """Of the whole world, by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
+    seconds: dict[str, float]
+    """By phase."""
+    bubble: float
+    """Share of the student's pass in which a stage waits because the pipeline fills or drains."""
+    stage_seconds: list[float]
+    """Student, forward and backward of one mean microbatch, by stage."""
+
+    @property
+    def step_seconds(self) -> float:
+        """One step."""
+        return sum(self.seconds.values())
+
+
+def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed) -> Cost:
+    """The layers and the tower of one stage on one microbatch, without the head."""
+    megatron, vision = model.megatron, hf.vision_config
+    assert megatron.kv_channels is not None
+    t, num_layers = megatron.tensor_model_parallel_size, sum(stage.chunk_layers)
+    length = packed.num_tokens / max(1, packed.num_sequences)
+    # causal: a position attends to half of them on average; scores and their product with the values
+    attention = 4 * (megatron.num_attention_heads // t) * megatron.kv_channels * length / 2
+    language = packed.num_tokens * num_layers * (2 * stage.num_layer_weights + attention)
+    if not stage.num_vision or not packed.num_patches:
+        return Cost(language, 0.0)
+    # image tokens may outnumber sequences' images only with several images a prompt: windows hide most of it
+    patches = packed.num_patches / max(1, packed.num_sequences)
+    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    window = (getattr(vision, "window_size", 0) // int(vision.patch_size)) ** 2
+    keys = full * patches + (vision.depth - full) * min(window, patches)
+    tower = packed.num_patches * (2 * stage.num_vision_blocks + 4 * vision.hidden_size * keys)
+    return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens)
+
+
+def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu, assume: Assumptions) -> Timing:
+    """Operations and seconds of one step."""
+    peak = gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
+    stages, chunks = model.stages, config.parallel.virtual_pipeline
+    student = [forward_cost(hf, model, stage, work.student_mean).times(3) for stage in stages]
+    teacher = [forward_cost(hf, model, stage, work.teacher_mean) for stage in stages]
+    # of each response row the student's logits and both gradients, and the teacher's logits
+    heads = Cost(work.student_mean.num_response_rows * 2 * stages[-1].num_head * 4, 0.0)
+    student[-1] = student[-1] + heads
+
+    num, ranks = work.num_microbatches, config.parallel.tensor * model.data_parallel
+    student_times = [cost.seconds(peak, assume) for cost in student]
+    teacher_times = [cost.seconds(peak, assume) for cost in teacher]
+    prefill, prefill_seconds = _prefill(hf, model, work, peak, assume)
+    decode, decode_seconds = _decode(model, work, gpu, peak, assume)
+    flops = {
+        "rollout": ranks * (prefill + decode),
+        "teacher": ranks * num * sum(cost.language + cost.vision for cost in teacher),
+        "student": ranks * num * sum(cost.language + cost.vision for cost in student),
+    }
+    seconds = {
+        "rollout": prefill_seconds + decode_seconds,
+        "teacher": _pipeline_seconds(teacher_times, num, chunks),
+        "student": _pipeline_seconds(student_times, num, chunks),
+        "optimizer": _update_seconds(config, model, gpu, assume),
+    }
+    fill = (len(stages) - 1) / chunks
+    return Timing(flops, seconds, fill / (num + fill), student_times)
+
+
+def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) -> float:
+    """The slowest stage sets the pace; the others' time passes once, while the pipeline fills and drains."""
+    slowest = max(times)
+    return num_microbatches * slowest + (sum(times) - slowest) / chunks
+
+
+def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: Assumptions) -> tuple[float, float]:
+    """(operations of one model-parallel group's rank 0s, seconds) of computing every prompt once."""
+    waves, prompt = work.waves, work.student
+    size = work.num_prompts / waves.num_waves
+    packed = Packed(
+        max(1, round(size)),
+        round(size * prompt.num_tokens),
+        round(size * prompt.num_image_tokens),
+        round(size * prompt.num_patches),
+        0,
+    )
+    costs = [forward_cost(hf, model, stage, packed) for stage in model.stages]
+    total = waves.num_waves * sum(cost.language + cost.vision for cost in costs)
+    return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], waves.num_waves, 1)
+
+
+def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: Assumptions) -> tuple[float, float]:
+    """(operations, seconds) of decoding. A wave goes on until its longest response ends: assume the longest there is.
+
+    Each token of a wave reads a stage's weights and the wave's keys and values once; launching the kernels of a layer
+    takes `decode_layer_seconds` whatever they compute.
+    """
+    waves, e = work.waves, element_bytes(model.megatron)
+    prompts = work.num_prompts / waves.num_waves
+    rows = prompts * work.n
+    speed = gpu.bandwidth * assume.bandwidth_efficiency
+    positions = round(prompts * work.student.num_tokens + rows * work.longest_response / 2)
+    times, operations = [], 0.0
+    for stage in model.stages:
+        layers = sum(stage.chunk_layers)
+        weights = layers * stage.num_layer_weights + stage.num_head
+        cache = kv_cache_bytes(model.megatron, layers, positions)
+        work_seconds = max((e * weights + cache) / speed, 2 * rows * weights / (peak * assume.efficiency))
+        times.append(max(work_seconds, layers * assume.decode_layer_seconds))
+        operations += 2 * rows * weights
+    rounds = -(-waves.num_waves // waves.num_in_flight)
+    # a token returns to the first stage when all waves in flight have passed the slowest, or one has passed them all
+    per_token = max(waves.num_in_flight * max(times), sum(times))
+    tokens = waves.num_waves * work.response_tokens
+    return operations * tokens, rounds * work.longest_response * per_token
+
+
+def _update_seconds(config: Config, model: ModelCount, gpu: Gpu, assume: Assumptions) -> float:
+    """Gradients reduced, weights and the teacher's weights gathered, every state read and written once."""
+    e, size = element_bytes(model.megatron), model.data_parallel
+    own_teacher = config.distill.teacher.kind not in ("current", "fixed", "trust_region")
+    crossing = 4 + e + (e if own_teacher else 0)
+    fullest = max(stage.buffers.num_padded for stage in model.stages)
+    sent = crossing * fullest * (size - 1) / size
+    touched = fullest * 8 + fullest / size * 48
+    return sent / assume.network_bytes_per_second + touched / (gpu.bandwidth * assume.bandwidth_efficiency)
