@@ -37,8 +37,8 @@ def _require(ok: bool, option: str, value: object, rule: str, remedy: str) -> No
 def _at_least(minimum: float, **options: float) -> None:
     for name, value in options.items():
         option = name.replace("__", ".")
-        ok = math.isfinite(value) and value >= minimum
-        _require(ok, option, value, f"must be at least {minimum} and finite", f"set {option}={minimum} or more")
+        _require(math.isfinite(value), option, value, "must be a finite number", f"set {option}={minimum} or more")
+        _require(value >= minimum, option, value, f"must be at least {minimum}", f"set {option}={minimum} or more")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """0.5 billion bf16 parameters in three files; layers, tower layers and head have their real sizes."""
+    """0.4 billion bf16 parameters in three files; layers, tower layers and head have their real sizes."""
     folder = tmp_path_factory.mktemp("3b")
     write_tiny_model(
         folder / "float",
@@ -33,12 +33,12 @@ def source(tmp_path_factory) -> Path:
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=11008,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=16,
         num_key_value_heads=2,
         tie_word_embeddings=True,
         initializer_range=0.02,
-        vision_depth=2,
+        vision_depth=1,
         vision_hidden_size=1280,
         vision_intermediate_size=3420,
         vision_num_heads=16,
