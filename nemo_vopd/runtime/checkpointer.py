@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import pickle
 import shutil
 from pathlib import Path
@@ -22,11 +21,11 @@ from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.mcore import checkpoint, cpu, parallel
 from nemo_vopd.mcore.rng import restore_rng, rng_state
 from nemo_vopd.runtime.checkpoints import CheckpointFolder, read_manifest, read_state, write_state
+from nemo_vopd.runtime.environment import versions
 
 if TYPE_CHECKING:
     from nemo_vopd.model import VisionOPDModel
 
-_PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "megatron-energon", "transformers", "transformer-engine")
 _ORDER_OPTIONS = ("batch_size", "num_workers", "shuffle_buffer_size")
 """Options of `data` that the order of samples depends on, besides the seed."""
 
@@ -166,20 +165,10 @@ def _layout(config: Config) -> dict[str, Any]:
     return {"world_size": dist.get_world_size(), **dataclasses.asdict(config.parallel)}
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any]:
     return {
         "step": step,
-        "versions": _versions(),
+        "versions": versions(),
         "layout": _layout(config),
         "model": dataclasses.asdict(model.shape),
         "data": fingerprint(config.data.path),
