@@ -58,7 +58,7 @@ class Checkpointer:
         states: list = [None] * dist.get_world_size()
         dist.all_gather_object(states, rng_state())
         try:
-            self._make_room(tensors, wait)
+            self._make_room(tensors)
             partial = _from_rank_zero(lambda: self.folder.begin())
             request = checkpoint.save_request(tensors, model.student, model.groups, partial)
             manifest = _manifest(self.config, model, step)
@@ -86,7 +86,7 @@ class Checkpointer:
 
         self.last = _from_rank_zero(commit)
 
-    def _make_room(self, tensors: dict[str, checkpoint.Shards], wait: bool) -> None:
+    def _make_room(self, tensors: dict[str, checkpoint.Shards]) -> None:
         """Raise OSError early, and on every rank, where the disk cannot take the checkpoint; older ones go first."""
         numel = sum(flat.numel() for shards in tensors.values() for flat, _ in shards.values())
         total = torch.tensor(4.0 * numel, dtype=torch.float64, device=cpu.device())

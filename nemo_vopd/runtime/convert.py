@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_vopd.config import Config
+from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.runtime.checkpoints import read_manifest, write_manifest
@@ -34,7 +34,7 @@ def export_checkpoint(config: Config, checkpoint: Path, kind: str, output: Path)
     if parallel.world_size() > 1:
         parallel.initialize(config.parallel, seed=config.seed)
     try:
-        export(checkpoint.resolve(), kind, source, output, hf.text_config.num_key_value_heads)
+        export(checkpoint.resolve(), kind, source, output, hf, FreezeConfig(**manifest["config"]["model"]["freeze"]))
     except (pickle.UnpicklingError, OSError) as error:
         reason = str(error).splitlines()[-1]
         raise OptionError("checkpoint", checkpoint, f"cannot be read ({reason})", "give another one") from None

@@ -14,7 +14,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
-from nemo_vopd.vlm.hf_weights import load_hf
+from nemo_vopd.vlm.hf_weights import is_frozen, load_hf
 from nemo_vopd.vlm.layout import ModelShape, check_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,14 +81,7 @@ def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stag
 def freeze(stage: Stage, options: FreezeConfig) -> None:
     """Take the gradient off the parts that `model.freeze` names. Raises OptionError when a stage has none left."""
     for name, parameter in stage.named_parameters():
-        names = stage.weight_rule(name).names
-        if not names[0].startswith("visual."):
-            frozen = options.language
-        elif "merger" in names[0]:
-            frozen = options.projector
-        else:
-            frozen = options.vision
-        parameter.requires_grad_(not frozen)
+        parameter.requires_grad_(not is_frozen(stage.weight_rule(name).names[0], options))
     if not any(parameter.requires_grad for parameter in stage.parameters()):
         rule = "leaves nothing to train on a pipeline stage"
         remedy = "train more parts, or hold the whole model on one stage with parallel.pipeline=1"

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_vopd.config import FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import checkpoint as sharded
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.vlm.hf_weights import HFReader, WeightRule, split_fused
+from nemo_vopd.vlm.hf_weights import HFReader, WeightRule, is_frozen, split_fused
 from nemo_vopd.vlm.language import LAYER_RULES
 
 _MARK = ".export.json"
@@ -50,12 +51,12 @@ class CheckpointReader:
         return target
 
 
-def export(checkpoint: Path, kind: str, source: Path, output: Path, num_query_groups: int) -> None:
+def export(checkpoint: Path, kind: str, source: Path, output: Path, hf: Any, freeze: FreezeConfig) -> None:
     """Write the `kind` (student or teacher) of `checkpoint` as `output`, in the format and the files of `source`.
 
-    Every tensor keeps the name, shape and dtype it has in `source`, the directory that training started from; tensors
-    that were frozen are copied from it. Ranks of torch.distributed, if there are several, share the files out. An
-    interrupted export goes on where it stopped.
+    Every tensor keeps the name, shape and dtype it has in `source`, the directory that training started from and `hf`
+    describes; tensors that were frozen (`freeze`) are copied from it. Ranks of torch.distributed, if there are several,
+    share the files out. An interrupted export goes on where it stopped. Raises OptionError when a tensor is missing.
     """
     tensors, original = CheckpointReader(checkpoint), HFReader(source)
     if not tensors.holds(kind):
@@ -69,13 +70,16 @@ def export(checkpoint: Path, kind: str, source: Path, output: Path, num_query_gr
     read_fused = functools.lru_cache(maxsize=2)(tensors.read)  # query, key and value come out of one matrix
 
     def convert(name: str) -> Tensor:
-        rule, place = _rule(name)
-        key, shape = f"{kind}.{rule.names[0]}", original.shape(name)
-        if key not in tensors:  # frozen
+        if is_frozen(name, freeze):
             return original.read(name)
+        # some directories store a tied head although it is the embedding
+        rule, place = _rule("embed_tokens.weight" if hf.tie_word_embeddings and name == "lm_head.weight" else name)
+        key, shape = f"{kind}.{rule.names[0]}", original.shape(name)
+        if key not in tensors:
+            raise OptionError("checkpoint", checkpoint, f"has no tensor {key}", "give one of a run of this model")
         if len(rule.names) == 1:
             return tensors.read(key).reshape(shape).to(original.dtype(name))
-        part = split_fused(read_fused(key), rule.split, num_query_groups, place, shape[0])
+        part = split_fused(read_fused(key), rule.split, hf.text_config.num_key_value_heads, place, shape[0])
         return part.reshape(shape).to(original.dtype(name))
 
     files = original.files()

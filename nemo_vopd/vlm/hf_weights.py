@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_vopd.config import FreezeConfig
 from nemo_vopd.errors import OptionError
 
 Split = Literal["replicated", "rows", "columns", "gated", "qkv"]
@@ -40,6 +41,13 @@ class WeightRule:
     """Rows of the whole tensor where the shards have more together (a vocabulary that does not divide)."""
     export: bool = True
     """False for a second copy of a tensor that another stage writes."""
+
+
+def is_frozen(name: str, options: FreezeConfig) -> bool:
+    """Whether `options` keep the tensor `name` (canonical) as it is."""
+    if not name.startswith("visual."):
+        return options.language
+    return options.projector if "merger" in name else options.vision
 
 
 def canonical(name: str) -> str:

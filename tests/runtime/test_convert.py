@@ -122,6 +122,22 @@ def test_what_is_imported_is_exported_bit_for_bit(world_size, layout, source, as
     assert all(torch.equal(exported[name], original[name]) for name in original)
 
 
+def test_a_tied_head_that_is_stored_follows_the_embedding(assets, tmp_path):
+    write_tiny_model(tmp_path / "tied", seed=6, tie_word_embeddings=True)
+    file = tmp_path / "tied" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, str(file))
+    config = tiny_config(
+        assets, tmp_path / "run", f"model.hf_path={tmp_path}/tied", "trainer.max_steps=1", "checkpoint.every_n_steps=1"
+    )
+    run_distributed(train_and_collect, 1, config)
+    export_checkpoint(config, tmp_path / "run" / "checkpoints" / "last", "student", tmp_path / "export")
+    exported = tensors_of(tmp_path / "export")
+    assert not torch.equal(exported["embed_tokens.weight"], tensors[embedding])
+    assert torch.equal(exported["lm_head.weight"], exported["embed_tokens.weight"])
+
+
 def test_requests_that_cannot_be_served(trained, assets, tmp_path):
     folder, _ = trained
     config = tiny_config(assets, tmp_path)  # another model
