@@ -89,6 +89,17 @@ def check(metrics, per_rank, expected, *, loss: float, grad_norm: float, weights
         assert set().union(*(result[which] for result in per_rank)) == set(reference)
 
 
+def check_model(hf_path, assets, folder, world_size, overrides):
+    """Two steps of another model than the tiny one, in one layout, against the oracle."""
+    model = f"model.hf_path={hf_path}"
+    steps = made_up_rollouts(tiny_config(assets, folder, model), 2)
+    write_rollouts(folder / "rollouts.jsonl", steps)
+    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
+    overrides = [*overrides, model, "trainer.max_steps=2"]
+    metrics, per_rank = run(assets, folder / "run", folder / "rollouts.jsonl", world_size, overrides, num_steps=2)
+    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_steps_equal_the_oracle(name, oracle, assets, tmp_path):
     rollouts, expected = oracle
@@ -101,14 +112,7 @@ def test_tied_embeddings_stay_tied_across_stages(name, assets, tmp_path):
     """First and last stage hold a copy each; Megatron sums their gradients."""
     hf_path = tmp_path / "tied"
     write_tiny_model(hf_path, seed=4, tie_word_embeddings=True)
-    tied = f"model.hf_path={hf_path}"
-    steps = made_up_rollouts(tiny_config(assets, tmp_path, tied), 2)
-    write_rollouts(tmp_path / "rollouts.jsonl", steps)
-    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
-    world_size, overrides = LAYOUTS[name]
-    overrides = [*overrides, tied, "trainer.max_steps=2"]
-    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
-    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+    check_model(hf_path, assets, tmp_path, *LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", ["111 small", "211 sequence small", "221"])
@@ -116,14 +120,7 @@ def test_a_vocabulary_that_does_not_divide(name, assets, tmp_path):
     """131 tokens: two tensor-parallel ranks hold 80 rows each, 29 of them stand for no token."""
     hf_path = tmp_path / "odd"
     write_tiny_model(hf_path, seed=4, vocab_size=131)
-    odd = f"model.hf_path={hf_path}"
-    steps = made_up_rollouts(tiny_config(assets, tmp_path, odd), 2)
-    write_rollouts(tmp_path / "rollouts.jsonl", steps)
-    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
-    world_size, overrides = LAYOUTS[name]
-    overrides = [*overrides, odd, "trainer.max_steps=2"]
-    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
-    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+    check_model(hf_path, assets, tmp_path, *LAYOUTS[name])
 
 
 INTERLEAVED = ["parallel.pipeline=3", "parallel.virtual_pipeline=2"]
@@ -142,13 +139,7 @@ def test_virtual_pipeline_stages(num_layers, world_size, overrides, assets, tmp_
     """Interleaved schedule: each of three stages holds two chunks of the model."""
     hf_path = tmp_path / "deeper"
     write_tiny_model(hf_path, seed=4, num_hidden_layers=num_layers)
-    model = f"model.hf_path={hf_path}"
-    steps = made_up_rollouts(tiny_config(assets, tmp_path, model), 2)
-    write_rollouts(tmp_path / "rollouts.jsonl", steps)
-    expected = run_reference(hf_path, steps, ReferenceOptions(lr=LR, eps=EPS))
-    overrides = [*overrides, model, "trainer.max_steps=2"]
-    metrics, per_rank = run(assets, tmp_path / "run", tmp_path / "rollouts.jsonl", world_size, overrides, num_steps=2)
-    check(metrics, per_rank, expected, loss=1e-5, grad_norm=1e-5, weights={"atol": 1e-6, "rtol": 1e-5})
+    check_model(hf_path, assets, tmp_path, world_size, overrides)
 
 
 BF16 = ["111", "211 sequence small", "121 small", "112", "222 small"]

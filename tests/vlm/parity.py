@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from nemo_vopd import vlm
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.mcore import parallel
-from nemo_vopd.vlm.hf_weights import canonical, iterate_hf, load_hf
+from nemo_vopd.vlm.hf_weights import canonical, iterate_hf, load_hf, save_hf
 from tests.distributed import run_distributed
 
 IMAGE = 120
@@ -102,6 +102,19 @@ def check(config, expected, result) -> None:
     print(f"logits {error:.1e}, gradients {errors[worst]:.1e} ({worst})")
     assert error < 1e-4
     assert errors[worst] < 1e-4, f"{worst}: {errors[worst]}"
+
+
+def check_export(config, folder: Path, groups) -> None:
+    """What is written after loading a random model is what was loaded, as transformers reads both."""
+    reference(folder / "source", config)
+    model = build(config, groups)
+    load_hf(model, model.weight_rule, folder / "source", groups)
+    save_hf(model, model.weight_rule, groups, folder / "source", folder / "export")
+    original, exported = (
+        AutoModelForImageTextToText.from_pretrained(folder / name).state_dict() for name in ("source", "export")
+    )
+    assert original.keys() == exported.keys()
+    assert all(torch.equal(original[name], exported[name]) for name in original)
 
 
 def check_tensor_parallel(configs: list, tmp_path: Path) -> None:

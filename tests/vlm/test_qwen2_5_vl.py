@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig
 
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.vlm.hf_weights import load_hf, save_hf
+from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.qwen2_5_vl import transformer_config
-from tests.vlm.parity import VISION_IDS, build, check, check_tensor_parallel, ours, reference
+from tests.vlm.parity import VISION_IDS, build, check, check_export, check_tensor_parallel, ours, reference
 
 CASES = {
     "untied, 4 heads on 2 groups": {},
@@ -62,15 +62,7 @@ def test_equals_transformers_with_tensor_parallelism(tmp_path):
 
 
 def test_export_is_what_was_imported(tmp_path, groups):
-    config = make_config()
-    reference(tmp_path / "source", config)
-    model = build(config, groups)
-    load_hf(model, model.weight_rule, tmp_path / "source", groups)
-    save_hf(model, model.weight_rule, groups, tmp_path / "source", tmp_path / "export")
-    original = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "source").state_dict()
-    exported = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "export").state_dict()
-    assert original.keys() == exported.keys()
-    assert all(torch.equal(original[name], exported[name]) for name in original)
+    check_export(make_config(), tmp_path, groups)
 
 
 def test_rotary_frequencies_of_the_tower_stay_float32(groups):

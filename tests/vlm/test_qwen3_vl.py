@@ -9,7 +9,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from nemo_vopd.config import ParallelConfig, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
-from nemo_vopd.vlm.hf_weights import load_hf, save_hf
+from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.qwen3_vl import transformer_config
 from tests.data.test_processor import image
 from tests.distributed import run_distributed
@@ -18,7 +18,7 @@ from tests.reference import ReferenceOptions, run_reference
 from tests.rollout.test_megatron_engine import LENGTH, load_samples, sample_responses
 from tests.test_step import EPS, LR, SMALL, run
 from tests.test_step import check as check_steps
-from tests.vlm.parity import build, check, check_tensor_parallel, inputs, ours, reference
+from tests.vlm.parity import build, check, check_export, check_tensor_parallel, inputs, ours, reference
 from tests.vlm.tiny_qwen3_vl import make_config, write_tiny_qwen3_vl
 
 CASES = {
@@ -42,15 +42,7 @@ def test_equals_transformers_with_tensor_parallelism(tmp_path):
 
 
 def test_export_is_what_was_imported(tmp_path, groups):
-    config = make_config()
-    reference(tmp_path / "source", config)
-    model = build(config, groups)
-    load_hf(model, model.weight_rule, tmp_path / "source", groups)
-    save_hf(model, model.weight_rule, groups, tmp_path / "source", tmp_path / "export")
-    original = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "source").state_dict()
-    exported = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "export").state_dict()
-    assert original.keys() == exported.keys()
-    assert all(torch.equal(original[name], exported[name]) for name in original)
+    check_export(make_config(), tmp_path, groups)
 
 
 def test_the_tower_in_bf16_is_the_hugging_face_one(tmp_path, groups):
