@@ -1,4 +1,4 @@
-# make quickstart | test | lint | setup: each builds .venv by itself. On an NGC image: make test SYSTEM_PACKAGES=1
+# make quickstart | test | test-slurm | lint | setup | launch-env: each sets up what it needs. On an NGC image: make test SYSTEM_PACKAGES=1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup quickstart test lint clean help
+.PHONY: setup launch-env quickstart test slurm-packages test-slurm lint clean help
 
 help:
 	@sed -n 1p Makefile
@@ -36,10 +36,30 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest -q
 
+# NeMo-Run in an environment of its own, as on a login node without torch: leptonai, which it imports, wants other
+# versions of what is in .venv
+LAUNCH := .venv-launch
+launch-env: $(LAUNCH)/.ready
+$(LAUNCH)/.ready:
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/python -m pip install --quiet nemo-run==0.11.1 leptonai==0.27.3 torchx==0.7.0 hydra-core==1.3.2
+	touch $@
+
+# A real Slurm of pretended nodes, started by the tests themselves. Needs root, as slurmd does.
+SLURM_PROGRAMS := slurmctld slurmd sbatch munged shellcheck gcc
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev shellcheck gcc libc6-dev
+slurm-packages:
+	@command -v $(SLURM_PROGRAMS) >/dev/null && test -e /usr/include/slurm/spank.h || { \
+	  test "$$(id -u)" = 0 || { echo "error: user=$$(id -un): installing $(SLURM_PACKAGES) needs root; run as root"; exit 2; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
+
+test-slurm: setup launch-env slurm-packages
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LAUNCH) runs build *.egg-info .pytest_cache .ruff_cache

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -50,9 +51,11 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str |
         try:
             task(cfg)
         except OptionError as error:
-            _fail(str(error))
+            fail(str(error))
         except RunError as error:
-            _fail(str(error), code=1)
+            fail(str(error), code=1)
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(_explain(error))
         except Exception:
             if not _distributed():
                 raise
@@ -63,9 +66,9 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str |
     try:
         _hydra_main(config_name)(guarded)()
     except OptionError as error:
-        _fail(str(error))
+        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(_explain(error))
+        fail(_explain(error))
 
 
 def _hydra_main(config_name: str) -> Callable:
@@ -78,13 +81,19 @@ def _distributed() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _fail(message: str, code: int = 2) -> None:
+def fail(message: str, code: int = 2) -> None:
+    """End this process with one line on standard error, and `code`."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     # every rank reads the same options, so rank 0 speaks; once ranks work on their own share, any of them may
     apart = _distributed()
     if rank == 0 or apart:
         where = f" (rank {rank})" if rank else ""
         print(f"\nerror{where}: {message}" if apart else f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # srun and torchrun end all ranks when the first one ends, which should be the one that speaks
+    if code == 2 and (note := os.environ.get("NEMO_VOPD_REFUSED")):
+        # for slurm/common.sh: srun returns the highest code of its tasks, which may be that of a kill
+        Path(note).write_text(message + "\n")
     # os._exit: other ranks may sit in a collective, and an orderly interpreter exit would wait for them
     sys.stdout.flush()
     os._exit(code)

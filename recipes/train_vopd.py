@@ -12,16 +12,19 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.data.assets import ensure_tiny_assets
+from nemo_vopd.runtime.signals import StopSignals
 from nemo_vopd.validation import from_hydra
 
 
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train."""
+    signals = StopSignals()
+    signals.listen()
     config = from_hydra(cfg)
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.runtime.training import train  # Megatron takes seconds to import: mistakes are told first
 
-    train(config)
+    train(config, signals)
 
 
 if __name__ == "__main__":

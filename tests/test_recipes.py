@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,19 @@ def test_a_signal_ends_a_run_in_order_and_the_same_command_resumes_it(assets, tm
     assert done.returncode == 0 and f"resuming after step {status['step']} from" in done.stdout
     assert json.loads((tmp_path / "status.json").read_text())["finished"] is True
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(status["step"] + 2))
+
+
+def test_a_signal_while_loading_is_not_lost(assets, tmp_path):
+    process = start("recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}", assets=assets)
+    listening = 1 << (signal.SIGUSR1 - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) & listening:
+        time.sleep(0.01)
+    assert not (tmp_path / "status.json").exists()  # Megatron is not even loaded
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-2000:]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["reason"] == "SIGUSR1" and status["step"] == 0 and status["finished"] is False
 
 
 def test_a_killed_rank_ends_the_job(assets, tmp_path):

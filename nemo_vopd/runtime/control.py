@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from nemo_vopd.config import Config, EarlyStopConfig
 from nemo_vopd.errors import RunError
 from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.runtime.signals import StopSignals
 from nemo_vopd.validation import seconds
 
 REASONS = ("max_steps", "early_stop", "max_time", "SIGTERM", "SIGUSR1")
@@ -22,40 +22,11 @@ REASONS = ("max_steps", "early_stop", "max_time", "SIGTERM", "SIGUSR1")
 FINISHED = ("max_steps", "early_stop")
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopSignals:
-    """While entered, remembers SIGTERM and SIGUSR1: the run ends at the next step boundary, not in a collective."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> StopSignals:
-        """Listen."""
-        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
-        self.listen()
-        return self
-
-    def listen(self) -> None:
-        """Take the signals (again: Lightning's handler would leave the loop of one rank alone, without a save)."""
-        for number in _SIGNALS:
-            signal.signal(number, self._remember)
-
-    def __exit__(self, *_: object) -> None:
-        """Hand the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
-
-
 class RunControl:
     """The reason to stop, if there is one, and how many bad updates came in a row."""
 
     def __init__(self, config: Config) -> None:
-        """Start the clock of `trainer.max_time`; whoever runs the model enters `signals`."""
+        """Start the clock of `trainer.max_time`; whoever runs the model enters `signals`, or puts others there."""
         self.config = config
         self.status_file = Path(config.exp_manager["exp_dir"]) / "status.json"
         self.signals = StopSignals()

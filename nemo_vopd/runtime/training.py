@@ -24,11 +24,15 @@ from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.control import RunControl
 from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
+from nemo_vopd.runtime.signals import StopSignals
 from nemo_vopd.vlm import check_model
 
 
-def train(config: Config) -> VisionOPDModel:
-    """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`."""
+def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
+    """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`.
+
+    `signals` may listen already: one that came while the program was loading ends the run before its first step.
+    """
     check_model(config)
     require_dataset(config.data.path)
     if config.evaluation.every_n_steps and config.evaluation.path is not None:
@@ -51,11 +55,12 @@ def train(config: Config) -> VisionOPDModel:
     # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
     last, trainer.ckpt_path = trainer.ckpt_path, None
     model = VisionOPDModel(config, groups, trainer)
+    model.control.signals = signals or model.control.signals
     with model.control.signals:
         step = 0 if last is None else model.checkpointer.restore(model, Path(last))
         if parallel.is_rank_zero() and step:
             print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
-        if reason := model.control.finished(step):
+        if reason := model.control.stop_reason(step):
             model.control.write_status(reason, step, model.checkpointer.last)
         else:
             trainer.fit(model)
