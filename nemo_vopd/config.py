@@ -112,6 +112,8 @@ class RolloutConfig:
     max_response_length: int = 1024
     max_batch_tokens: int = 65536
     """Prompt and response tokens decoded together on one rank: bounds the KV cache."""
+    max_mismatch: float | None = None
+    """The run ends when the engine's log-probs are on average this many nats off the trainer's; null never does."""
     path: str | None = None
     """Replay: the file that `rollout.dump_path` wrote."""
     dump_path: str | None = None

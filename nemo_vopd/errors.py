@@ -18,3 +18,7 @@ class OptionError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot go on, through no option of the user's; recipes print the message and exit with code 1."""
+
+
+class EngineLost(RunError):
+    """The rollout engine does not answer; raised alike on every rank, before a step has changed anything."""

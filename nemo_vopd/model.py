@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.energon import SavableDataLoader
-from megatron.energon.savable_loader import SavableDataLoaderState
 from nemo.core import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
-from nemo_vopd.data.loader_state import read_position, save_position
+from nemo_vopd.data.loader_state import read_position
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.data.prompts import PromptStream
 from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.gap import load_answered, measure_gap
@@ -33,9 +33,10 @@ from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate,
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.mcore.weights import ShardedWeights
+from nemo_vopd.rollout.ahead import AheadEngine
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
-from nemo_vopd.rollout.replay import ReplayEngine, dump, to_record
+from nemo_vopd.rollout.replay import Record, ReplayEngine, dump, to_record
 from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.control import FINISHED, RunControl
 from nemo_vopd.runtime.metrics import Timers, keep_lines_before
@@ -66,9 +67,9 @@ class VisionOPDModel(ModelPT):
         self.reporter = Reporter(Path(config.exp_manager["exp_dir"]), groups, config.data.max_dropped_fraction)
         self.checkpointer = Checkpointer(config)
         self.control = RunControl(config)
-        self.loader: SavableDataLoader | None = None
-        self._loader_position: SavableDataLoaderState | None = None
-        self._prompts: Iterator[PromptBatch] | None = None
+        self._loader_position: bytes | None = None
+        self._prompts: PromptStream | None = None
+        self._in_step = False  # a batch was taken and not trained on
         self._evaluation_samples: list[Sample] | None = None
 
     def training_step(self, dataloader_iter: Iterator) -> None:
@@ -76,8 +77,11 @@ class VisionOPDModel(ModelPT):
         step = self.trainer.global_step
         with self.timers("data"):
             batch: PromptBatch = next(dataloader_iter)[0]
+            self._in_step = True
 
-        # 1. The student answers from the full image (on-policy).
+        # 1. The student, as the last step left it, answers from the full image (on-policy).
+        with self.timers("sync"):
+            self.engine.sync_weights()
         with self.timers("rollout"):
             rollouts = self.engine.generate(batch.samples, step)
             self._dump(rollouts, step)
@@ -96,6 +100,7 @@ class VisionOPDModel(ModelPT):
             loss = self._loss(students, teacher_hidden)
             statistics = student_pass(self.student, self.student_ddp, students, loss, self.groups)
         metrics = self.reporter.reduce(statistics, rollouts, batch, unusable)
+        self.control.check_mismatch(metrics)
 
         # 4. The student moves, then the teacher follows; without a token or a finite gradient neither does.
         with self.timers("optimizer"):
@@ -103,8 +108,8 @@ class VisionOPDModel(ModelPT):
             updated, grad_norm = self._update(metrics, lr)
             if updated:
                 self.teacher.update(step)
-                self.engine.sync_weights()
             self.optimizers().step()  # type: ignore[union-attr]  # Lightning counts the step
+            self._in_step = False
 
         self._report({"step": step, **metrics, "grad_norm": grad_norm, "lr": lr, "num_skipped_updates": 1 - updated})
         self.reporter.tell_dropped(step, metrics, batch, unusable)
@@ -145,8 +150,9 @@ class VisionOPDModel(ModelPT):
                 vocab_size=self.student.vocab_size,
             )
             num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
-            sums = torch.cat([torch.stack([loss_sum.detach().float(), num_tokens.float()]), stats.sums()])
-            return loss_sum, num_tokens, sums
+            totals = torch.stack([loss_sum.detach().float(), num_tokens.float()])
+            apart = mismatch(stats.log_probs, batch.rollout_log_probs)
+            return loss_sum, num_tokens, torch.cat([totals, stats.sums(), apart])
 
         return loss
 
@@ -178,11 +184,15 @@ class VisionOPDModel(ModelPT):
         path = self.config.rollout.dump_path
         if path is None:
             return
-        dp = self.groups.dp_cp
-        gathered: list = [None] * dp.size()
-        dist.all_gather_object(gathered, [to_record(rollout) for rollout in rollouts], group=dp)
+        records = self._gather([to_record(rollout) for rollout in rollouts])
         if parallel.is_rank_zero():
-            dump(path, [record for records in gathered for record in records], step)
+            dump(path, records, step)
+
+    def _gather(self, records: list[Record]) -> list[Record]:
+        """The records of all data-parallel ranks."""
+        gathered: list = [None] * self.groups.dp_cp.size()
+        dist.all_gather_object(gathered, records, group=self.groups.dp_cp)
+        return [record for part in gathered for record in part]
 
     def _report(self, metrics: dict) -> None:
         """Write metrics.jsonl, TensorBoard and the progress line."""
@@ -235,7 +245,7 @@ class VisionOPDModel(ModelPT):
         if self._prompts is not None:  # NeMo asks for it once more than Lightning
             return self._prompts
         dp = self.groups.dp_cp
-        self.loader = build_train_loader(
+        loader = build_train_loader(
             self.config.data,
             self.config.distill.teacher_view,
             self.processor,
@@ -244,9 +254,9 @@ class VisionOPDModel(ModelPT):
             dp_size=dp.size(),
         )
         if self._loader_position is not None:
-            self.loader.restore_state_rank(self._loader_position)
+            loader.restore_state_rank(read_position(self._loader_position))
         # an iterator has no length: Lightning would end an epoch, and restart the loader, after each pass
-        self._prompts = iter(self.loader)
+        self._prompts = PromptStream(loader, self._loader_position, remember=self.config.rollout.engine == "vllm")
         return self._prompts
 
     def on_train_start(self) -> None:
@@ -265,7 +275,8 @@ class VisionOPDModel(ModelPT):
     def on_train_end(self) -> None:
         """End the loader's processes; left to the interpreter's exit they take seconds."""
         super().on_train_end()
-        self._prompts.close()  # type: ignore[union-attr]
+        assert self._prompts is not None
+        self._prompts.close()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
         """Between two steps: measure accuracy where it is due, save, and stop when there is a reason to."""
@@ -296,11 +307,14 @@ class VisionOPDModel(ModelPT):
 
     def state(self) -> dict[str, Any]:
         """Everything else that survives a restart (generators are added by `Checkpointer`)."""
-        assert self.loader is not None
+        assert self._prompts is not None
+        position = self._prompts.position(undo=self._in_step)
+        assert position is not None  # a step is done
         return {
             "step": self.trainer.global_step,
             "num_updates": self.student_optimizer.num_updates,
-            "loader": torch.frombuffer(bytearray(save_position(self.loader)), dtype=torch.uint8),
+            "loader": torch.frombuffer(bytearray(position), dtype=torch.uint8),
+            "ahead": self._gather(self.engine.pending()) if isinstance(self.engine, AheadEngine) else [],
             "reporter": self.reporter.state(),
             "control": self.control.state(),
         }
@@ -309,7 +323,11 @@ class VisionOPDModel(ModelPT):
         """Continue from `state` and from the tensors that were read into `sharded_state`."""
         self.student_optimizer.restored(state["num_updates"])
         self.teacher.restored()
-        self._loader_position = read_position(state["loader"].numpy().tobytes())
+        position = state["loader"].numpy().tobytes()
+        read_position(position)  # a damaged one is told now
+        self._loader_position = position
+        if isinstance(self.engine, AheadEngine):
+            self.engine.restore(state["step"], state["ahead"])
         self.reporter.restore(state["reporter"])
         self.control.restore(state["control"])
         loop = self.trainer.fit_loop.epoch_loop

@@ -122,6 +122,8 @@ def validate(config: Config) -> None:
         "NeMo's callback knows neither the teacher nor the loader; checkpoints are written by this program",
         "set exp_manager.create_checkpoint_callback=false and checkpoint.every_n_steps",
     )
+    limit = rollout.max_mismatch
+    _require(limit is None or limit > 0, "rollout.max_mismatch", limit, "must be positive or null", "set it to 0.1")
     if rollout.engine == "replay":
         _require(
             rollout.path is not None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.errors import RunError
 from nemo_vopd.vlm.hf_weights import HFReader, iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
@@ -175,8 +177,28 @@ def test_metrics_describe_the_step(assets, tmp_path):
     assert lines[0]["mean_response_length"] == pytest.approx(tokens / 16)
     assert 0 < lines[0]["teacher_topk_mass"] < lines[0]["student_topk_mass"] < 1
     assert 0 < lines[0]["entropy"] < math.log(128) and 0 < lines[0]["importance_weight_mean"] <= 2
+    assert 0.1 < lines[0]["mismatch_mean"] < lines[0]["mismatch_max"] and 0 < lines[0]["mismatch_share"] <= 1
     for line in lines[1:]:
         assert line == pytest.approx(lines[0], rel=1e-4)
+
+
+def message_of_a_failing_run(config) -> str:
+    from nemo_vopd.runtime.training import train
+
+    with pytest.raises(RunError) as told:
+        train(config)
+    return str(told.value)
+
+
+def test_an_engine_with_other_weights_ends_the_run_before_an_update(assets, tmp_path):
+    config = tiny_config(assets, tmp_path, "rollout.dump_path=" + str(tmp_path / "r.jsonl"), "trainer.max_steps=2")
+    run_distributed(train_and_collect, 1, config)
+    options = ["optimizer.lr=0.1", "rollout.max_mismatch=0.01"]
+    stale = replay(assets, tmp_path / "s", tmp_path / "r.jsonl", 2, *options)
+    (told,) = run_distributed(message_of_a_failing_run, 1, stale)
+    assert re.match(r"the rollout engine's log-probs are \d\S* off the trainer's .*rollout.max_mismatch=0.01", told)
+    (line,) = read_lines(tmp_path / "s" / "metrics.jsonl")
+    assert line["mismatch_mean"] < 1e-5
 
 
 def test_sampling_options_arrive(assets, tmp_path, groups):

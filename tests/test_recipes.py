@@ -78,6 +78,7 @@ def test_a_run_writes_metrics_and_tensorboard_and_says_what_serves_it(trained):
     assert all(set(line) >= KEYS for line in metrics)
     # the same engine and weights: rollout and trainer agree, so the weights are one
     assert all(abs(line["importance_weight_mean"] - 1) < 1e-5 and 0 < line["loss"] < 0.7 for line in metrics)
+    assert all(line["mismatch_mean"] <= line["mismatch_max"] < 1e-4 and line["mismatch_share"] == 0 for line in metrics)
     assert [line["lr"] for line in metrics] == pytest.approx([2e-7, 4e-7, 6e-7])
     assert list((folder / "run" / "logs").glob("events.out.tfevents*"))
     assert "attention: torch scaled_dot_product_attention" in done.stdout and "megatron-core 0.16" in done.stdout

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from nemo.utils import logging
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_vopd.config import Config
 from nemo_vopd.data.task_encoder import fingerprint
-from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.errors import EngineLost, OptionError, RunError
 from nemo_vopd.mcore import checkpoint, cpu, parallel
 from nemo_vopd.mcore.rng import restore_rng, rng_state
 from nemo_vopd.runtime.checkpoints import CheckpointFolder, read_manifest, read_state, write_state
@@ -140,6 +141,17 @@ class Checkpointer:
             logging.info("resuming in another layout: generators start from the seed")
         self.last = path
         return state["step"]
+
+
+class SaveLostStep(Callback):
+    """Saves the run as the last step left it when its rollout engine is lost in the middle of the next one."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called on every rank, since the loss of an engine is raised on every rank, before Lightning tears down."""
+        if isinstance(exception, EngineLost) and trainer.global_step > 0:
+            model: VisionOPDModel = pl_module  # type: ignore[assignment]
+            model.checkpointer.save(model, wait=True)
+            model.control.write_status("engine_lost", trainer.global_step, model.checkpointer.last)
 
 
 def _from_rank_zero(function):

@@ -43,6 +43,18 @@ class RunControl:
         if rule.metric in values:
             self.outside_in_a_row = self.outside_in_a_row + 1 if _outside(values[rule.metric], rule) else 0
 
+    def check_mismatch(self, metrics: dict[str, float]) -> None:
+        """Raise RunError, before any weight moves, when engine and trainer differ by over `rollout.max_mismatch`."""
+        limit = self.config.rollout.max_mismatch
+        if limit is None or metrics["mismatch_mean"] <= limit or not metrics["num_response_tokens"]:
+            return
+        raise RunError(
+            f"the rollout engine's log-probs are {metrics['mismatch_mean']:.2g} off the trainer's on average, "
+            f"{metrics['mismatch_max']:.2g} at most (rollout.max_mismatch={limit}): it runs stale or other weights, "
+            "another precision or temperature; no weight was changed by this step; "
+            "see docs/troubleshooting.md, or raise rollout.max_mismatch"
+        )
+
     def count_update(self, updated: bool, num_tokens: int, last_checkpoint: Path | None) -> None:
         """Raise RunError after `trainer.max_skipped_updates` in a row that were not finite."""
         if updated or not num_tokens:  # a step without a token is the data's fault and says nothing of the weights

@@ -17,8 +17,8 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.runtime.metrics import MetricsFile, distinct_2
 
-_NUM_SUMS = 8
-"""Loss, tokens and the six fields of TokenStats."""
+_NUM_SUMS = 10
+"""Loss, tokens, the six fields of TokenStats, two sums of `mismatch`; its third number is a maximum."""
 _TOO_FEW = 2
 """Unusable records that are never a reason to stop: a share of a handful says nothing."""
 
@@ -62,12 +62,16 @@ class Reporter:
             *(reasons[reason] for reason in DROP_REASONS),
         ]
         sums = torch.zeros(_NUM_SUMS + len(counts), dtype=torch.float64, device=cpu.device())
+        largest = torch.zeros((), dtype=torch.float64, device=cpu.device())
         if parallel.is_last_stage(self.groups):  # the other stages have no statistics and would count twice
-            sums[:_NUM_SUMS] = torch.stack(statistics).double().sum(0)
+            microbatches = torch.stack(statistics).double()
+            sums[:_NUM_SUMS] = microbatches[:, :_NUM_SUMS].sum(0)
             sums[_NUM_SUMS:] = torch.tensor(counts)
-        dist.all_reduce(sums, group=self.groups.dp_cp)
-        dist.all_reduce(sums, group=self.groups.pp)
-        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, *total = sums.tolist()
+            largest = microbatches[:, _NUM_SUMS].max()
+        for group in (self.groups.dp_cp, self.groups.pp):
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, apart, far, *total = sums.tolist()
         num_responses, num_dropped_responses, num_records, distinct, num_bigram_responses, *by_reason = total
         dropped = {reason: int(num) for reason, num in zip(DROP_REASONS, by_reason, strict=True) if num}
         self.num_records += int(num_records)
@@ -86,6 +90,9 @@ class Reporter:
             "teacher_topk_mass": teacher_mass / num,
             "student_topk_mass": student_mass / num,
             "importance_weight_mean": importance / num,
+            "mismatch_mean": apart / num,
+            "mismatch_max": largest.item(),
+            "mismatch_share": far / num,
             "entropy": entropy / num,
         }
 

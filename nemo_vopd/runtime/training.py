@@ -20,7 +20,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
-from nemo_vopd.runtime.checkpointer import Checkpointer
+from nemo_vopd.runtime.checkpointer import Checkpointer, SaveLostStep
 from nemo_vopd.runtime.control import RunControl
 from nemo_vopd.runtime.environment import describe
 from nemo_vopd.runtime.metrics import ProgressBar
@@ -94,7 +94,7 @@ def build_trainer(config: Config) -> Trainer:
     if world % nodes:
         rule = f"must divide the number of processes, {world}"
         raise OptionError("num_nodes", nodes, rule, "set it to the number of nodes of the job")
-    bar = [ProgressBar()] if config.trainer.enable_progress_bar else []
+    callbacks = [SaveLostStep(), *([ProgressBar()] if config.trainer.enable_progress_bar else [])]
     return Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=world // nodes,
@@ -108,7 +108,7 @@ def build_trainer(config: Config) -> Trainer:
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=False,
-        callbacks=bar,  # type: ignore[arg-type]
+        callbacks=callbacks,  # type: ignore[arg-type]
     )
 
 
