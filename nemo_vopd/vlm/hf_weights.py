@@ -26,6 +26,8 @@ from tqdm import tqdm
 from nemo_vopd.config import FreezeConfig
 from nemo_vopd.errors import OptionError
 
+_FILE_BYTES = 4 * 2**30
+"""Of weights that are written: what the writing rank holds in memory."""
 Split = Literal["replicated", "rows", "columns", "gated", "qkv"]
 
 
@@ -258,33 +260,52 @@ def save_hf(
 ) -> None:
     """Write `model` as a Hugging Face directory; config, tokenizer and preprocessor are copied from `source`.
 
-    Every rank calls it; each pipeline stage writes one safetensors file. The directory appears under its name only
-    when it is complete.
+    Every rank calls it; one rank of each pipeline stage writes, and holds one file of 4 GiB in memory. The directory
+    appears under its name only when it is complete.
     """
     source, output = Path(source), Path(output)
     original = HFReader(source).original_name
     partial = output.with_name(output.name + ".partial")
-    stage, num_stages = groups.pp.rank(), groups.pp.size()
     writes = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
     if writes:
         partial.mkdir(parents=True, exist_ok=True)
-    tensors = {original.get(n, n): t.contiguous().clone() for n, t in iterate_hf(model, rule_of, groups)}
-    file = "model.safetensors" if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
-    if writes:
-        save_file(tensors, str(partial / file), metadata={"format": "pt"})
-    entry = ({name: file for name in tensors}, sum(t.numel() * t.element_size() for t in tensors.values()))
-    entries: list = [None] * num_stages
-    dist.all_gather_object(entries, entry, group=groups.pp)
+    files, part, size = [], {}, 0
+    for name, tensor in iterate_hf(model, rule_of, groups):
+        if not writes:
+            continue
+        if part and size + tensor.nbytes > _FILE_BYTES:
+            files.append(_write_part(part, partial, groups.pp.rank(), len(files)))
+            part, size = {}, 0
+        part[original.get(name, name)] = tensor.contiguous().clone()  # in a file of its own, not a view of its shard
+        size += tensor.nbytes
+    if part:
+        files.append(_write_part(part, partial, groups.pp.rank(), len(files)))
+    entries: list = [None] * groups.pp.size()
+    dist.all_gather_object(entries, files, group=groups.pp)
     dist.barrier()
     if dist.get_rank() == 0:
-        if num_stages > 1:
-            weight_map = {name: f for names, _ in entries for name, f in names.items()}
-            index = {"metadata": {"total_size": sum(n for _, n in entries)}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for extra in source.iterdir():
-            if extra.is_file() and extra.suffix in (".json", ".txt", ".jinja", ".model") and "index" not in extra.name:
-                shutil.copy2(extra, partial / extra.name)
+        _finish_directory([file for stage in entries for file in stage], source, partial)
         if output.exists():
             shutil.rmtree(output)
         os.replace(partial, output)
     dist.barrier()
+
+
+def _write_part(tensors: dict[str, Tensor], folder: Path, stage: int, number: int) -> tuple[str, list[str], int]:
+    """(name of the file, names in it, bytes)."""
+    file = f"model-{stage:03d}-{number:05d}.safetensors"
+    save_file(tensors, str(folder / file), metadata={"format": "pt"})
+    return file, list(tensors), sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _finish_directory(files: list[tuple[str, list[str], int]], source: Path, folder: Path) -> None:
+    """One file gets the usual name, several an index; what is not weights comes from `source`."""
+    if len(files) == 1:
+        os.replace(folder / files[0][0], folder / "model.safetensors")
+    else:
+        weight_map = {name: file for file, names, _ in files for name in names}
+        index = {"metadata": {"total_size": sum(size for _, _, size in files)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for extra in source.iterdir():
+        if extra.is_file() and extra.suffix in (".json", ".txt", ".jinja", ".model") and "index" not in extra.name:
+            shutil.copy2(extra, folder / extra.name)

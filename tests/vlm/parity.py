@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from nemo_vopd import vlm
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.mcore import parallel
+from nemo_vopd.vlm import hf_weights
 from nemo_vopd.vlm.hf_weights import canonical, iterate_hf, load_hf, save_hf
 from tests.distributed import run_distributed
 
@@ -109,7 +111,9 @@ def check_export(config, folder: Path, groups) -> None:
     reference(folder / "source", config)
     model = build(config, groups)
     load_hf(model, model.weight_rule, folder / "source", groups)
-    save_hf(model, model.weight_rule, groups, folder / "source", folder / "export")
+    with mock.patch.object(hf_weights, "_FILE_BYTES", 2**18):
+        save_hf(model, model.weight_rule, groups, folder / "source", folder / "export")
+    assert len(list((folder / "export").glob("*.safetensors"))) > 2
     original, exported = (
         AutoModelForImageTextToText.from_pretrained(folder / name).state_dict() for name in ("source", "export")
     )
