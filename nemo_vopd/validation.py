@@ -49,7 +49,8 @@ def validate(config: Config) -> None:
     """Check ranges and choices that need neither the model nor the world size. Raises OptionError."""
     rollout, distill, data, optimizer = config.rollout, config.distill, config.data, config.optimizer
     _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
-    _one_of("rollout.engine", rollout.engine, ("megatron", "replay"))
+    _one_of("rollout.engine", rollout.engine, ("megatron", "replay", "vllm"))
+    _one_of("rollout.vllm.sync", rollout.vllm.sync, ("folder", "nccl", "none"))
     _one_of("distill.teacher_view", distill.teacher_view, ("crop", "full", "full_and_crop", "boxed"))
     _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
     _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
@@ -68,6 +69,9 @@ def validate(config: Config) -> None:
         rollout__n=rollout.n,
         rollout__max_response_length=rollout.max_response_length,
         rollout__max_batch_tokens=rollout.max_batch_tokens,
+        rollout__vllm__timeout_seconds=rollout.vllm.timeout_seconds,
+        rollout__vllm__start_seconds=rollout.vllm.start_seconds,
+        rollout__vllm__max_concurrent_requests=rollout.vllm.max_concurrent_requests,
         distill__chunk_tokens=distill.chunk_tokens or 1,
         distill__teacher__every=distill.teacher.every,
         trainer__max_steps=config.trainer.max_steps,
@@ -82,6 +86,8 @@ def validate(config: Config) -> None:
         0,
         seed=config.seed,
         data__num_workers=data.num_workers,
+        rollout__vllm__port=rollout.vllm.port,
+        rollout__vllm__retries=rollout.vllm.retries,
         optimizer__lr=optimizer.lr,
         optimizer__min_lr=optimizer.min_lr,
         optimizer__weight_decay=optimizer.weight_decay,
@@ -122,6 +128,7 @@ def validate(config: Config) -> None:
         "NeMo's callback knows neither the teacher nor the loader; checkpoints are written by this program",
         "set exp_manager.create_checkpoint_callback=false and checkpoint.every_n_steps",
     )
+    _require(all(rollout.stop), "rollout.stop", rollout.stop, "holds an empty text, which ends everything", "remove it")
     limit = rollout.max_mismatch
     _require(limit is None or limit > 0, "rollout.max_mismatch", limit, "must be positive or null", "set it to 0.1")
     if rollout.engine == "replay":
@@ -132,6 +139,13 @@ def validate(config: Config) -> None:
             "rollout=replay reads responses from a file",
             "give rollout.path=FILE, a file that rollout.dump_path wrote",
         )
+    _require(
+        not rollout.ahead or (rollout.engine == "vllm" and distill.importance.max_weight is not None),
+        "rollout.ahead",
+        rollout.ahead,
+        "needs an engine that works in the background, and importance weights for what is one step off-policy",
+        "set rollout=vllm and distill.importance.max_weight=2.0, or rollout.ahead=false",
+    )
     _require(
         config.parallel.context == 1,
         "parallel.context",

@@ -18,6 +18,8 @@ class SamplingParams:
     top_p: float = 1.0
     max_response_length: int = 1024
     end_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, with the token that completes one; an engine needs `decode` for them."""
     forbidden_token_ids: tuple[int, ...] = ()
     seed: int = 0
 

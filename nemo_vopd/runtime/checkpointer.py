@@ -151,7 +151,9 @@ class SaveLostStep(Callback):
         if isinstance(exception, EngineLost) and trainer.global_step > 0:
             model: VisionOPDModel = pl_module  # type: ignore[assignment]
             model.checkpointer.save(model, wait=True)
-            model.control.write_status("engine_lost", trainer.global_step, model.checkpointer.last)
+            # a signal to the job may end a server that the run started before the step is over
+            reason = model.control.signals.received or "engine_lost"
+            model.control.write_status(reason, trainer.global_step, model.checkpointer.last)
 
 
 def _from_rank_zero(function):
