@@ -14,5 +14,8 @@ env >"$RECORD/environment-$SLURM_PROCID"
 case "$TRAIN" in
   finish) [ "$SLURM_PROCID" != 0 ] || echo '{"finished": true, "reason": "max_steps", "step": 4}' >"$RESULTS/status.json" ;;
   crash) exit 1 ;;
+  progress) # the first start reaches a checkpoint, no other gets further
+    [ "$SLURM_PROCID" != 0 ] || mkdir -p "$RESULTS/checkpoints/step-00000008"
+    exit 1 ;;
   sleep) exec sleep 100 ;;
 esac
