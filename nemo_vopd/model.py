@@ -226,13 +226,8 @@ class VisionOPDModel(ModelPT):
             arguments = self.student, self.groups, self.processor, self.sampling_params(), rollout, config.data
             engine = build_vllm(*arguments, **where)
             return AheadEngine(engine, self._upcoming) if rollout.ahead else engine
-        return MegatronEngine(
-            self.student,
-            self.groups,
-            self.sampling_params(),
-            pad_token_id=self.processor.pad_token_id,
-            max_batch_tokens=rollout.max_batch_tokens,
-        )
+        arguments = self.student, self.groups, self.sampling_params(), rollout.max_batch_tokens
+        return MegatronEngine(*arguments, self.processor.decode)
 
     def _upcoming(self) -> list[Sample]:
         """The samples of the next step, if there is one."""
@@ -358,7 +353,7 @@ class VisionOPDModel(ModelPT):
                 options.path, self.config.data, self.processor, options.num_samples, option="evaluation.path"
             )
         rollout = self.config.rollout
-        decoder = Decoder(self.student, self.groups, self.processor.pad_token_id, rollout.max_batch_tokens)
+        decoder = Decoder(self.student, self.groups, rollout.max_batch_tokens)
         gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)
         accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
         self.reporter.write("evaluations", {"step": step, **accuracies})

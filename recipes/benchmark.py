@@ -32,6 +32,20 @@ class LossBenchmark:
 
 
 @dataclasses.dataclass
+class SamplingBenchmark:
+    """Shapes of sampling; each prompt has an image within data.full."""
+
+    num_prompts: int = 32
+    """Decoded together; responses of unequal length answer three times as many."""
+    prompt_tokens: int = 512
+    """Image included; to unequal responses half of it up to the whole."""
+    response_tokens: int = 64
+    """The longest response."""
+    mean_response_tokens: int = 16
+    """Of unequal ones, about."""
+
+
+@dataclasses.dataclass
 class BenchmarkConfig(Config):
     """A run's configuration and what to measure on it."""
 
@@ -42,6 +56,7 @@ class BenchmarkConfig(Config):
     output: str | None = None
     """JSON file for the results."""
     loss: LossBenchmark = dataclasses.field(default_factory=LossBenchmark)
+    sampling: SamplingBenchmark = dataclasses.field(default_factory=SamplingBenchmark)
 
 
 ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
@@ -61,7 +76,17 @@ def main(cfg: DictConfig) -> None:
             shapes.num_tokens, shapes.vocab_size, shapes.hidden_size, distill.top_k, distill.alpha, config.repeats
         )
     elif config.part == "rollout":
-        rows = benchmark.rollout(config, config.repeats)
+        from nemo_vopd.runtime.rollout_benchmark import rollout
+
+        shapes = config.sampling
+        rows = rollout(
+            config,
+            shapes.num_prompts,
+            shapes.prompt_tokens,
+            shapes.response_tokens,
+            shapes.mean_response_tokens,
+            config.repeats,
+        )
     else:
         rows = benchmark.step(config, config.repeats)
     print(benchmark.table(rows))

@@ -272,3 +272,21 @@ def test_a_stage_with_nothing_to_train_is_refused(assets, tmp_path):
     config = tiny_config(assets, tmp_path, "model.freeze.language=true", "parallel.pipeline=3")
     with pytest.raises(RuntimeError, match="model.freeze.language=True: leaves nothing to train on a pipeline stage"):
         run_distributed(train_and_collect, 3, config)
+
+
+def test_stop_texts_end_the_responses_of_a_run(assets, tmp_path):
+    def run(name, *overrides):
+        options = "trainer.max_steps=1", f"rollout.dump_path={tmp_path}/{name}.jsonl", *overrides
+        run_distributed(train_and_collect, 1, tiny_config(assets, tmp_path / name, *options))
+        return [line["token_ids"] for line in read_lines(tmp_path / f"{name}.jsonl")]
+
+    processor = Processor.from_pretrained(str(assets / "tiny-vlm"))
+    whole = run("whole")
+    stop = processor.decode(
+        [next(t for tokens in whole for t in tokens[1:-1] if processor.decode([t]).strip())]
+    ).strip()
+    cut = run("cut", f"rollout.stop=['{stop}']")
+    assert cut != whole
+    for long, tokens in zip(whole, cut, strict=True):
+        hits = [k for k in range(1, len(long) + 1) if stop in processor.decode(long[:k])]
+        assert tokens == long[: hits[0] if hits else None]

@@ -83,7 +83,7 @@ def evaluate_directory(config: Config, groups: ProcessGroupCollection, limit: in
     """`measure_gap` of the model in `config.model.hf_path` on the first `limit` samples of `config.data.path`."""
     processor = Processor.from_pretrained(config.model.hf_path)
     samples = load_answered(config.data.path, config.data, processor, limit, option="data.path")
-    decoder = Decoder(build_vlm(config, groups), groups, processor.pad_token_id, config.rollout.max_batch_tokens)
+    decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
     return measure_gap(decoder, processor, samples, groups, config.rollout.max_response_length)
 
 

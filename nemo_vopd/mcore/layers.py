@@ -1,8 +1,8 @@
 """Layer specs: Transformer Engine where it is installed, Megatron's local layers with our norm and attention elsewhere.
 
-Attention is ours in both: training hands over to Transformer Engine or PyTorch's scaled dot product; decoding uses
-`KVCache`, which Megatron passes through untouched in the `attention_mask` slot. Its own static cache stores keys
-before the rotary embedding and rotates all of them again at every step, and cannot share a prompt among responses.
+Attention is ours in both: it hands over to Transformer Engine or PyTorch's scaled dot product. Sampling reads the
+weights of these layers by itself (`mcore.inference`): Megatron's static cache stores keys before the rotary embedding
+and rotates all of them again at every step, and cannot share a prompt among responses.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore.kv_cache import KVCache as KVCache
 
 
 class RMSNorm(torch.nn.Module):
@@ -47,53 +48,6 @@ class RMSNorm(torch.nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of b prompts, each shared by n responses that are decoded together.
-
-    Prompts are padded on the right; `prompt_lengths` [b] masks the padding. Response token k of all b * n responses
-    is stored at step k. One object serves all layers of a pipeline stage.
-    """
-
-    def __init__(self, prompt_lengths: Tensor, n: int, max_response_length: int) -> None:
-        """`prompt_lengths` [b] int64; `n` responses for each prompt, at most `max_response_length` tokens."""
-        self.prompt_lengths, self.n, self.max_response_length = prompt_lengths, n, max_response_length
-        self.step = -1  # -1: prompt pass; k >= 0: response token k is being fed
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self.response: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store key, value [s, b, g, d] of this step, attend with query [s, b, h, d]; returns [s, b, h * d]."""
-        if self.step < 0:
-            # [b, g, p, d]: the layout every later step reads
-            self.prompt[layer] = (key.permute(1, 2, 0, 3).contiguous(), value.permute(1, 2, 0, 3).contiguous())
-            return _causal_attention(query, key, value, scale)
-        _, rows, h, d = query.shape
-        prompt_k, prompt_v = self.prompt[layer]
-        b, g, p, _ = prompt_k.shape
-        n, q_per_group = self.n, h // g
-        if layer not in self.response:
-            shape = (rows, g, self.max_response_length, d)
-            self.response[layer] = (key.new_empty(shape), value.new_empty(shape))
-        response_k, response_v = self.response[layer]
-        response_k[:, :, self.step] = key[0]
-        response_v[:, :, self.step] = value[0]
-        # Queries of the n responses and of the heads of one group share the prompt's keys: one matrix product, no copy.
-        q = query[0].reshape(b, n, g, q_per_group, d) * scale
-        q_prompt = q.transpose(1, 2).reshape(b, g, n * q_per_group, d)
-        scores_prompt = (q_prompt @ prompt_k.transpose(2, 3)).view(b, g, n, q_per_group, p)
-        hole = torch.arange(p, device=query.device)[None] >= self.prompt_lengths[:, None]
-        scores_prompt = scores_prompt.masked_fill(hole[:, None, None, None, :], float("-inf"))
-        q_response = q.reshape(rows, g, q_per_group, d)
-        scores_response = q_response @ response_k[:, :, : self.step + 1].transpose(2, 3)
-        scores_response = scores_response.view(b, n, g, q_per_group, self.step + 1).transpose(1, 2)
-        weights = torch.softmax(torch.cat([scores_prompt, scores_response], dim=-1).float(), dim=-1).to(value.dtype)
-        from_prompt = weights[..., :p].reshape(b, g, n * q_per_group, p) @ prompt_v
-        from_response = weights[..., p:].transpose(1, 2).reshape(rows, g, q_per_group, -1)
-        from_response = from_response @ response_v[:, :, : self.step + 1]
-        out = from_prompt.view(b, g, n, q_per_group, d).transpose(1, 2).reshape(rows, g, q_per_group, d) + from_response
-        return out.reshape(1, rows, h * d)
-
-
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of query [s, b, h, d] over key, value [s, b, g, d] (grouped heads); returns [s, b, h * d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -102,7 +56,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention over right-padded sequences, or over a `KVCache` given as the attention mask."""
+    """Causal attention over right-padded sequences."""
 
     def __init__(
         self,
@@ -128,8 +82,6 @@ class CoreAttention(MegatronModule):
 
     def forward(self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, **kwargs):
         """Attend: query [s, b, h, d], key and value [s, b, g, d]; returns [s, b, h * d]."""
-        if isinstance(attention_mask, KVCache):
-            return attention_mask.attend(self.layer_number, query, key, value, self.scale)
         if self.training_attention is not None:
             return self.training_attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, **kwargs)
         return _causal_attention(query, key, value, self.scale)

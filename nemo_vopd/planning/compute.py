@@ -8,7 +8,7 @@ from typing import Any
 from nemo_vopd.config import Config
 from nemo_vopd.planning.assumptions import Assumptions, Gpu
 from nemo_vopd.planning.count import ModelCount, StageCount
-from nemo_vopd.planning.memory import element_bytes, kv_cache_bytes
+from nemo_vopd.planning.memory import element_bytes, kv_cache_bytes, prompts_of_a_pass
 from nemo_vopd.planning.workload import Packed, Workload
 
 
@@ -108,8 +108,9 @@ def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) ->
 
 def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: Assumptions) -> tuple[float, float]:
     """(operations of one model-parallel group's rank 0s, seconds) of computing every prompt once."""
-    waves, prompt = work.waves, work.student
-    size = work.num_prompts / waves.num_waves
+    prompt = work.student
+    passes = -(-work.num_prompts // prompts_of_a_pass(work, prompt))
+    size = work.num_prompts / passes
     packed = Packed(
         max(1, round(size)),
         round(size * prompt.num_tokens),
@@ -118,18 +119,18 @@ def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: As
         0,
     )
     costs = [forward_cost(hf, model, stage, packed) for stage in model.stages]
-    total = waves.num_waves * sum(cost.language + cost.vision for cost in costs)
-    return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], waves.num_waves, 1)
+    total = passes * sum(cost.language + cost.vision for cost in costs)
+    return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], passes, 1)
 
 
 def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: Assumptions) -> tuple[float, float]:
-    """(operations, seconds) of decoding. A wave goes on until its longest response ends: assume the longest there is.
+    """(operations, seconds) of decoding. What does not fit follows as responses end; the last go on to the longest.
 
-    Each token of a wave reads a stage's weights and the wave's keys and values once; launching the kernels of a layer
+    Each token of a lane reads a stage's weights and the lane's keys and values once; launching the kernels of a layer
     takes `decode_layer_seconds` whatever they compute.
     """
-    waves, e = work.waves, element_bytes(model.megatron)
-    prompts = work.num_prompts / waves.num_waves
+    lanes, e = work.lanes, element_bytes(model.megatron)
+    prompts = min(work.num_prompts / lanes.num_lanes, lanes.num_prompts)
     rows = prompts * work.n
     speed = gpu.bandwidth * assume.bandwidth_efficiency
     positions = round(prompts * work.student.num_tokens + rows * work.longest_response / 2)
@@ -140,12 +141,12 @@ def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: As
         cache = kv_cache_bytes(model.megatron, layers, positions)
         work_seconds = max((e * weights + cache) / speed, 2 * rows * weights / (peak * assume.efficiency))
         times.append(max(work_seconds, layers * assume.decode_layer_seconds))
-        operations += 2 * rows * weights
-    rounds = -(-waves.num_waves // waves.num_in_flight)
-    # a token returns to the first stage when all waves in flight have passed the slowest, or one has passed them all
-    per_token = max(waves.num_in_flight * max(times), sum(times))
-    tokens = waves.num_waves * work.response_tokens
-    return operations * tokens, rounds * work.longest_response * per_token
+        operations += 2 * weights
+    # a token returns to the first stage when all lanes have passed the slowest, or one has passed them all
+    per_token = max(lanes.num_lanes * max(times), sum(times))
+    refills = work.num_prompts / (lanes.num_lanes * prompts) - 1
+    steps = work.longest_response + refills * work.response_tokens
+    return operations * work.num_sequences * work.response_tokens, steps * per_token
 
 
 def _update_seconds(config: Config, model: ModelCount, gpu: Gpu, assume: Assumptions) -> float:

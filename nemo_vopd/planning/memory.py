@@ -12,10 +12,12 @@ from nemo_vopd.distill.fused import CHUNK_BYTES
 from nemo_vopd.planning.activations import ActivationLaw, activation_law, most_alive
 from nemo_vopd.planning.assumptions import GIB, Assumptions, Gpu
 from nemo_vopd.planning.count import ModelCount, StageCount
-from nemo_vopd.planning.workload import Packed, Workload, patch_width
+from nemo_vopd.planning.workload import Packed, Prompt, Workload, patch_width
+from nemo_vopd.rollout.lane import PROMPT_TOKENS
 
-_SAMPLING_BYTES = 36
-"""Of one logit while a token is drawn: float32 scaled and log-softmax, float64 softmax and running sum, copies."""
+_SAMPLING_BYTES, _SORTING_BYTES = 12, 44
+"""Of one logit while a token is drawn: float32 scaled, less their maximum, a copy. With top_p < 1 also its place in the
+order and float64 probabilities with running sums."""
 
 PHASES = {
     "rollout": ("kv_cache", "rollout_workspace"),
@@ -109,23 +111,22 @@ def stage_memory(
     # patches stay in host memory until the first stage runs their microbatch
     kinds["microbatches"] = work.num_microbatches * (id_bytes(work.student_mean) + id_bytes(work.teacher_mean))
 
-    waves, longest = work.waves, work.longest_prompt
-    positions = waves.num_prompts * (longest.num_tokens + work.n * work.longest_response)
-    num_layers = sum(stage.chunk_layers)
-    kinds["kv_cache"] = kv_cache_bytes(megatron, num_layers, positions * waves.num_in_flight)
-    prompts = Packed(
-        waves.num_prompts,
-        waves.num_prompts * longest.num_tokens,
-        waves.num_prompts * longest.num_image_tokens,
-        waves.num_prompts * longest.num_patches,
-        0,
-    )
-    sampling = waves.num_prompts * work.n * hf.text_config.vocab_size * (_SAMPLING_BYTES + 2 * e) if last else 0
+    lanes, longest = work.lanes, work.longest_prompt
+    kinds["kv_cache"] = kv_cache_bytes(megatron, sum(stage.chunk_layers), lanes.num_positions * lanes.num_lanes)
+    num = prompts_of_a_pass(work, longest)
+    prompts = Packed(num, num * longest.num_tokens, num * longest.num_image_tokens, num * longest.num_patches, 0)
+    per_logit = _SAMPLING_BYTES + (_SORTING_BYTES if config.rollout.top_p < 1 else 0) + 2 * e
+    sampling = lanes.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
     kinds["rollout_workspace"] = max(_one_layer(law, prompts, first), sampling)
 
     kinds["reserve"] = int(assume.reserve * gpu.memory_bytes)
     kinds["context"] = int(assume.context_gib * GIB)
     return StageMemory(kinds, _phases(kinds))
+
+
+def prompts_of_a_pass(work: Workload, prompt: Prompt) -> int:
+    """How many prompts like `prompt` the native engine computes together."""
+    return max(1, min(work.lanes.num_prompts, PROMPT_TOKENS["cuda"] // prompt.num_tokens))
 
 
 def _phases(kinds: dict[str, int]) -> dict[str, int]:

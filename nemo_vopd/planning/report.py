@@ -75,7 +75,7 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
             "sequences_per_rank": work.num_sequences,
             "microbatches": work.num_microbatches,
             "largest_microbatch_tokens": work.student_most.num_tokens,
-            "decoding_waves": work.waves.num_waves,
+            "prompts_decoded_together": work.lanes.num_lanes * work.lanes.num_prompts,
             "pipeline_bubble": timing.bubble,
         },
         "flops": {**timing.flops, "total": sum(timing.flops.values())},
@@ -114,7 +114,8 @@ def plan_text(plan: Plan) -> str:
         f"a step: {batch['prompts']} prompts x {batch['responses_per_prompt']} responses = {batch['sequences']} "
         f"sequences; tokens: student {batch['student_tokens'] / 1e6:.2f}, teacher {batch['teacher_tokens'] / 1e6:.2f}, "
         f"responses {batch['response_tokens'] / 1e6:.2f} million",
-        f"a data-parallel rank: {batch['prompts_per_rank']} prompts in {batch['decoding_waves']} decoding waves, "
+        f"a data-parallel rank: {batch['prompts_per_rank']} prompts, "
+        f"{min(batch['prompts_decoded_together'], batch['prompts_per_rank'])} decoded at a time, "
         f"{batch['microbatches']} microbatches; pipeline bubble {batch['pipeline_bubble']:.1%}",
         "",
         *_time_table(plan),

@@ -1,4 +1,4 @@
-"""What one step is made of: prompts, responses, tokens, microbatches and decoding waves of one data-parallel rank."""
+"""What one step is made of: prompts, responses, tokens, microbatches and decoding lanes of one data-parallel rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Packed:
-    """One microbatch of one view, or the prompts of one decoding wave."""
+    """One microbatch of one view, or the prompts of one pass while sampling."""
 
     num_sequences: int
     num_tokens: int
@@ -33,14 +33,14 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Waves:
-    """How the native engine splits a rank's prompts."""
+class Lanes:
+    """How the native engine decodes a rank's prompts: one batch for each pipeline stage, refilled as responses end."""
 
-    num_waves: int
-    num_in_flight: int
-    """At one time: one for each pipeline stage where there are so many."""
+    num_lanes: int
     num_prompts: int
-    """Of each wave."""
+    """Of each lane at one time."""
+    num_positions: int
+    """Of each lane's KV cache."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Workload:
     student_most: Packed
     """The largest microbatch, which decides the memory."""
     teacher_most: Packed
-    waves: Waves
+    lanes: Lanes
 
     @property
     def num_sequences(self) -> int:
@@ -150,15 +150,15 @@ def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -
         teacher_mean=mean(teacher),
         student_most=largest(student, longest),
         teacher_most=largest(teacher, longest_teacher),
-        waves=waves(config, num_prompts, student.num_tokens),
+        lanes=lanes(config, num_prompts, student.num_tokens, longest.num_tokens),
     )
 
 
-def waves(config: Config, num_prompts: int, prompt_tokens: int) -> Waves:
-    """As `rollout.megatron.Decoder` splits prompts of one length."""
-    in_flight = config.parallel.pipeline
-    largest = -(-num_prompts // in_flight)
-    cost = prompt_tokens + config.rollout.n * config.rollout.max_response_length
-    size = max(1, min(largest, config.rollout.max_batch_tokens // (cost * in_flight)))
-    num_waves = math.ceil(num_prompts / size)
-    return Waves(num_waves, min(in_flight, num_waves), size)
+def lanes(config: Config, num_prompts: int, prompt_tokens: int, longest_prompt: int) -> Lanes:
+    """As `rollout.megatron.Decoder` divides its token budget, for prompts of one length and a longest one."""
+    num_lanes = min(config.parallel.pipeline, num_prompts)
+    most = -(-num_prompts // num_lanes)
+    responses = config.rollout.n * config.rollout.max_response_length
+    cost = longest_prompt + responses
+    positions = max(cost, min(config.rollout.max_batch_tokens // config.parallel.pipeline, most * cost))
+    return Lanes(num_lanes, min(most, positions // (prompt_tokens + responses)), positions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
 import threading
@@ -57,18 +56,24 @@ class PeakMemory:
 
 def measure(function: Callable[[], object], repeats: int) -> tuple[float, float]:
     """(median seconds, highest extra GiB) of `repeats` calls after one that is not counted."""
-    seconds, peak = [], 0
+    return measure_in_turn([function], repeats)[0]
+
+
+def measure_in_turn(functions: list[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
+    """`measure` of each function, called in turn: what else the machine does falls on all of them."""
+    seconds, peaks = [[] for _ in functions], [0] * len(functions)
     for number in range(repeats + 1):
-        with PeakMemory() as memory:
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-        if number or repeats == 0:
-            seconds.append(elapsed)
-            peak = max(peak, memory.extra)
-    return statistics.median(seconds), peak / 2**30
+        for i, function in enumerate(functions):
+            with PeakMemory() as memory:
+                start = time.perf_counter()
+                function()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - start
+            if number or repeats == 0:
+                seconds[i].append(elapsed)
+                peaks[i] = max(peaks[i], memory.extra)
+    return [(statistics.median(times), peak / 2**30) for times, peak in zip(seconds, peaks, strict=True)]
 
 
 def loss(
@@ -116,30 +121,10 @@ def loss(
     return rows
 
 
-def _model_and_samples(config: Config):
-    groups = parallel.initialize(config.parallel, seed=config.seed)
-    model = VisionOPDModel(config, groups)
-    return model, next(iter(model.train_dataloader())).samples
-
-
-def rollout(config: Config, repeats: int) -> list[Row]:
-    """Prefill cost of 1 and 8 responses a prompt, and decoding throughput."""
-    model, samples = _model_and_samples(config)
-    rows: list[Row] = []
-    views, ids = [s.student for s in samples], [s.id for s in samples]
-    decoder = model.engine.decoder  # type: ignore[attr-defined]
-    for n, length in ((1, 1), (8, 1), (8, config.rollout.max_response_length)):
-        params = dataclasses.replace(model.sampling_params(), n=n, max_response_length=length, end_token_ids=())
-        seconds, gib = measure(lambda params=params: decoder(views, ids, params), repeats)
-        row: Row = {"prompts": len(views), "n": n, "response_length": length, "ms": seconds * 1e3}
-        rows.append({**row, "tokens_per_second": len(views) * n * length / seconds, "extra_gib": gib})
-    rows[1]["prefill_ratio"] = float(rows[1]["ms"]) / float(rows[0]["ms"])
-    return rows
-
-
 def step(config: Config, repeats: int) -> list[Row]:
     """The phases of a training step on one batch."""
-    model, samples = _model_and_samples(config)
+    model = VisionOPDModel(config, parallel.initialize(config.parallel, seed=config.seed))
+    samples = next(iter(model.train_dataloader())).samples
     rollouts: list[Rollout] = model.engine.generate(samples, 0)
     students, teachers = model._microbatches(rollouts)
     hidden = teacher_pass(model.teacher_model, teachers, model.groups)

@@ -31,7 +31,7 @@ def generate(
         rule = f"cannot be used ({unusable.reason}: {unusable.detail})"
         raise OptionError(option, value, rule, "give an image in a common format and a plain question") from None
     groups = parallel.initialize(config.parallel, seed=config.seed)
-    decoder = Decoder(build_vlm(config, groups), groups, processor.pad_token_id, config.rollout.max_batch_tokens)
+    decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
     params = SamplingParams(
         n=1,
         temperature=temperature,

@@ -94,7 +94,7 @@ def report(config: Config, root: Path, model: VisionOPDModel, before: Gap, after
     # the student that started the run: where its answers were wrong, the divergence shows what the teacher corrects
     student = build_vlm(run, model.groups)
     params = dataclasses.replace(model.sampling_params(), n=1)
-    decoder = Decoder(student, model.groups, processor.pad_token_id, config.rollout.max_batch_tokens)
+    decoder = Decoder(student, model.groups, config.rollout.max_batch_tokens, processor.decode)
     answers = decoder([s.student for s in samples], [s.id for s in samples], params)
     rollouts = [Rollout(s, *answer[0]) for s, answer in zip(samples, answers, strict=True)]
     traces = []

@@ -44,7 +44,7 @@ def sample_responses(config, max_batch_tokens=100000, temperature=0.8, n=N, end_
         seed=5,
     )
     samples = load_samples(config)
-    decoder = Decoder(build_vlm(config, groups), groups, processor.pad_token_id, max_batch_tokens)
+    decoder = Decoder(build_vlm(config, groups), groups, max_batch_tokens)
     return decoder([s.student for s in samples], [s.id for s in samples], params, step=2)
 
 
@@ -128,7 +128,7 @@ def test_every_layout_draws_the_same_tokens(world_size, overrides, responses, as
 
 
 def test_chunks_of_virtual_stages_draw_the_same_tokens(assets, tmp_path):
-    """Three waves travel twice around a ring of three stages."""
+    """Three lanes travel twice around a ring of three stages."""
     write_tiny_model(tmp_path / "six", seed=4, num_hidden_layers=6)
     model = f"model.hf_path={tmp_path}/six"
     answers = sample_responses(tiny_config(assets, tmp_path, model))
@@ -140,15 +140,17 @@ def test_chunks_of_virtual_stages_draw_the_same_tokens(assets, tmp_path):
 def test_prompts_are_computed_once_for_all_their_responses(assets, tmp_path):
     config = tiny_config(assets, tmp_path)
     groups = parallel.initialize(config.parallel, seed=1)
-    processor, samples = Processor.from_pretrained(config.model.hf_path), load_samples(config)
-    model = build_vlm(config, groups)
-    fed = []
-    model.chunks[0].language.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: fed.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
-    )
-    decoder = Decoder(model, groups, processor.pad_token_id, 100000)
+    samples = load_samples(config)
+    decoder = Decoder(build_vlm(config, groups), groups, 100000)
+    fed, forward = [], decoder.forward
+
+    def noted(index, tokens, *args, **kwargs):
+        fed.append(len(tokens.token_ids))
+        return forward(index, tokens, *args, **kwargs)
+
+    decoder.forward = noted  # type: ignore[method-assign]
     for n in (1, 8):
         params = SamplingParams(n=n, max_response_length=3, seed=1)
         decoder([s.student for s in samples], [s.id for s in samples], params)
-    longest = max(s.student.num_tokens for s in samples)
-    assert fed == [(longest, NUM), (1, NUM), (1, NUM), (longest, NUM), (1, 8 * NUM), (1, 8 * NUM)]
+    prompts = sum(s.student.num_tokens for s in samples)  # packed: no padding
+    assert fed == [prompts, NUM, NUM, prompts, 8 * NUM, 8 * NUM]

@@ -1,11 +1,10 @@
-"""What the native engine makes of a request: top_p, end tokens, numbering, steps, waves."""
+"""What the native engine makes of a request: top_p, end tokens, numbering, steps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from nemo_vopd.batch import View
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
@@ -18,7 +17,7 @@ from tests.rollout.test_megatron_engine import LENGTH, load_samples, same_tokens
 def decoder(groups, assets, tmp_path):
     config = tiny_config(assets, tmp_path)
     processor = Processor.from_pretrained(config.model.hf_path)
-    return Decoder(build_vlm(config, groups), groups, processor.pad_token_id, 10000), load_samples(config), processor
+    return Decoder(build_vlm(config, groups), groups, 10000), load_samples(config), processor
 
 
 def answer(decoder, samples, processor, **options):
@@ -50,9 +49,7 @@ def test_a_response_is_cut_after_its_first_end_token(decoder):
 def test_rollouts_are_numbered_and_follow_the_step(decoder):
     decode, samples, processor = decoder
     params = SamplingParams(n=3, max_response_length=LENGTH, seed=5)
-    engine = MegatronEngine(
-        decode.model, decode.groups, params, pad_token_id=processor.pad_token_id, max_batch_tokens=10000
-    )
+    engine = MegatronEngine(decode.model, decode.groups, params, 10000)
     views, ids = [s.student for s in samples], [s.id for s in samples]
     for step in (0, 4):
         rollouts = engine.generate(samples, step)
@@ -60,19 +57,3 @@ def test_rollouts_are_numbered_and_follow_the_step(decoder):
         expected = [tokens for pairs in decode(views, ids, params, step) for tokens, _ in pairs]
         assert all(torch.equal(r.token_ids, tokens) for r, tokens in zip(rollouts, expected, strict=True))
     assert not same_tokens(decode(views, ids, params, 0), decode(views, ids, params, 4))
-
-
-@pytest.mark.parametrize("n,in_flight", [(1, 1), (4, 1), (1, 3)])
-def test_waves_hold_to_the_budget(decoder, n, in_flight):
-    decode = decoder[0]
-    lengths = torch.randint(1, 50, (30,), generator=torch.Generator().manual_seed(0)).tolist() + [400]
-    empty = torch.zeros(0, 3, dtype=torch.int64)
-    views = [View(torch.zeros(k, dtype=torch.int64), torch.zeros(3, k), torch.zeros(0, 1), empty) for k in lengths]
-    decode.max_batch_tokens = 200
-    waves = decode._split(views, SamplingParams(n=n, max_response_length=10), in_flight)
-    assert sorted(i for wave in waves for i in wave) == list(range(len(views)))
-    assert len(waves) < len(views), "short prompts are decoded together"
-    for wave in waves:
-        # prompts of a wave are padded to the longest; each has a cache of n responses; waves in flight share
-        tokens = len(wave) * (max(lengths[i] for i in wave) + n * 10)
-        assert len(wave) == 1 or tokens * in_flight <= 200

@@ -1,6 +1,7 @@
 """Drawn tokens follow the softmax, and depend on the request alone."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chisquare
 
@@ -61,3 +62,28 @@ def test_extreme_draws_stay_inside_the_vocabulary():
     logits = torch.tensor([[-1e4, 0.0, -1e4]]).expand(3, -1)
     tokens, _ = draw(logits, torch.tensor([[0.0], [0.5], [1 - 1e-16]], dtype=torch.float64), temperature=1.0)
     assert tokens.tolist() == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 300, 1280])
+def test_the_token_is_where_the_running_sum_exceeds_the_draw(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(4, vocabulary, generator=generator)
+    uniform = torch.rand(4, 500, dtype=torch.float64, generator=generator)
+    tokens, log_probs = draw(logits, uniform, temperature=0.7)
+    probs = torch.softmax(logits.double() / 0.7, -1)
+    expected = torch.searchsorted(probs.cumsum(-1), uniform, right=True)
+    assert (tokens == expected).float().mean() > 0.999, "round-off may move a draw that is next to a border"
+    torch.testing.assert_close(log_probs.double(), probs.log().gather(-1, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_log_probs_count_forbidden_tokens_even_where_they_are_almost_everything():
+    logits = torch.tensor([[200.0, 1.0, 0.0]])
+    tokens, log_probs = draw(logits, None, temperature=1.0, forbidden=torch.tensor([0]))
+    assert tokens.item() == 1 and log_probs.item() == pytest.approx(-199.0)
+    assert logits[0, 0] == 200, "logits are the caller's"
+
+
+def test_a_model_that_has_become_nan_draws_inside_the_vocabulary():
+    for options in ({}, {"top_p": 0.5}):
+        tokens, _ = draw(torch.full((1, 130), torch.nan), torch.tensor([[0.3]]), temperature=1.0, **options)
+        assert 0 <= tokens.item() < 130
