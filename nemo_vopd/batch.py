@@ -1,15 +1,17 @@
 """What flows between the parts: samples, views, rollouts, microbatches, and their shape law.
 
-Shape law. A microbatch holds b sequences `prompt ++ response`, padded on the right to s. Its T response
-tokens (of all b sequences, concatenated in order) are predicted by T *response rows* of the final hidden
-states [s, b, H]: response token j of sequence i is predicted at position prompt_length[i] - 1 + j
+Shape law. A microbatch holds b sequences `prompt ++ response`, packed one after the other to S tokens. Its T
+response tokens (of all b sequences, concatenated in order) are predicted by T *response rows* of the final hidden
+states [S, 1, H]: response token j of sequence i is predicted at start[i] + prompt_length[i] - 1 + j
 (docs/algorithm.md section 4). The student and the teacher microbatch of one index hold the same responses
 in the same order, so row t of one belongs to row t of the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,20 +90,59 @@ def blank_rollout(pad_token_id: int) -> Rollout:
     return Rollout(Sample("", view, view, ""), empty.long(), empty)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Which of the packed tokens are one sequence, and whose images they show.
+
+    It travels through Megatron's layers to attention in the place of their `PackedSeqParams`.
+    """
+
+    lengths: tuple[int, ...]
+    """Of each sequence, in tokens; the last one may be padding."""
+    starts: Tensor
+    """[len(lengths) + 1] int32: where they begin, and the number S of all tokens."""
+    patches: tuple[int, ...] = ()
+    """Of each prompt, in patches of all its images: the vision tower sees them once for all responses."""
+    prompts: tuple[int, ...] = ()
+    """Of each sequence, padding excepted: which of these prompts it begins with."""
+
+    # Not Megatron's "thd": its rotary embedding would wait for the GPU in every layer to cut the angles into sequences,
+    # and ours are those of each token.
+    qkv_format: ClassVar[str | None] = None
+    cp_group: ClassVar[None] = None
+
+    @classmethod
+    def of(cls, lengths: list[int], patches: tuple[int, ...] = (), prompts: tuple[int, ...] = ()) -> Packing:
+        """Sequences of `lengths`, on the CPU."""
+        return cls(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), patches, prompts)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Packing:
+        """A copy with `starts` on `device`."""
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+
+    def for_sequences(self, features: Tensor, patches_of_a_token: int) -> Tensor:
+        """Image features [n, ...] of the prompts, repeated for the sequences that begin with them: [m, ...]."""
+        if len(self.prompts) == len(self.patches):
+            return features
+        parts = features.split([patches // patches_of_a_token for patches in self.patches])
+        return torch.cat([parts[prompt] for prompt in self.prompts])
+
+
 @dataclass
 class MicroBatch:
-    """b padded sequences of one view, with the rows that predict response tokens (see the shape law)."""
+    """b packed sequences of one view, with the rows that predict response tokens (see the shape law)."""
 
     token_ids: Tensor
-    """[b, s] int64, padded on the right."""
+    """[S] int64."""
     position_ids: Tensor
-    """[3, b, s] int64."""
+    """[3, S] int64: M-RoPE positions, from 0 in each sequence."""
+    packing: Packing
     pixel_values: Tensor
-    """[N, D] float32, images in the order of their tokens in the batch."""
+    """[N, D] float32, the images of each prompt once, in the order of `packing.patches`."""
     grid_thw: Tensor
     """[num_images, 3] int64."""
     response_rows: Tensor
-    """[T] int64: indices into the hidden states [s, b, H] flattened to [s * b, H]."""
+    """[T] int64: indices into the hidden states [S, 1, H]."""
     response_tokens: Tensor
     """[T] int64: the token each row predicts."""
     rollout_log_probs: Tensor
@@ -120,26 +161,34 @@ class MicroBatch:
 def collate(rollouts: list[Rollout], views: list[View], pad_token_id: int, pad_multiple: int = 1) -> MicroBatch:
     """Build the microbatch of `rollouts` conditioned on `views` (one view for each rollout).
 
-    The sequence length s is rounded up to `pad_multiple` (the tensor-parallel size under sequence
-    parallelism, 16 times that for FP8).
+    S is rounded up to `pad_multiple` (the tensor-parallel size under sequence parallelism, 16 times that for FP8) by a
+    sequence of padding.
     """
+    unique = {id(view): view for view in views}
+    number = {key: i for i, key in enumerate(unique)}
     lengths = [view.num_tokens + rollout.token_ids.numel() for view, rollout in zip(views, rollouts, strict=True)]
-    b, s = len(rollouts), -(-max(lengths) // pad_multiple) * pad_multiple
-    token_ids = torch.full((b, s), pad_token_id, dtype=torch.int64)
-    position_ids = torch.zeros((3, b, s), dtype=torch.int64)
-    rows = []
-    for i, (view, rollout) in enumerate(zip(views, rollouts, strict=True)):
-        p, r = view.num_tokens, rollout.token_ids.numel()
-        token_ids[i, :p] = view.token_ids
-        token_ids[i, p : p + r] = rollout.token_ids
-        position_ids[:, i, :p] = view.position_ids
-        position_ids[:, i, p : p + r] = view.position_ids.max() + 1 + torch.arange(r)
-        rows.append((p - 1 + torch.arange(r)) * b + i)
+    padding = -sum(lengths) % pad_multiple
+    tokens, positions, rows, start = [], [], [], 0
+    for view, rollout, length in zip(views, rollouts, lengths, strict=True):
+        steps = torch.arange(rollout.token_ids.numel())
+        tokens += [view.token_ids, rollout.token_ids]
+        positions += [view.position_ids, (view.position_ids.max() + 1 + steps).expand(3, -1)]
+        rows.append(start + view.num_tokens - 1 + steps)
+        start += length
+    if padding:
+        lengths.append(padding)
+        tokens.append(torch.full((padding,), pad_token_id, dtype=torch.int64))
+        positions.append(torch.zeros((3, padding), dtype=torch.int64))
     return MicroBatch(
-        token_ids=token_ids,
-        position_ids=position_ids,
-        pixel_values=torch.cat([view.pixel_values for view in views]),
-        grid_thw=torch.cat([view.grid_thw for view in views]),
+        token_ids=torch.cat(tokens),
+        position_ids=torch.cat(positions, dim=1),
+        packing=Packing.of(
+            lengths,
+            patches=tuple(len(view.pixel_values) for view in unique.values()),
+            prompts=tuple(number[id(view)] for view in views),
+        ),
+        pixel_values=torch.cat([view.pixel_values for view in unique.values()]),
+        grid_thw=torch.cat([view.grid_thw for view in unique.values()]),
         response_rows=torch.cat(rows),
         response_tokens=torch.cat([rollout.token_ids for rollout in rollouts]),
         rollout_log_probs=torch.cat([rollout.log_probs for rollout in rollouts]),
@@ -147,21 +196,42 @@ def collate(rollouts: list[Rollout], views: list[View], pad_token_id: int, pad_m
 
 
 def split_by_token_budget(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Group rollouts so that neither view of a group exceeds `max_tokens` padded tokens.
+    """Group rollouts so that neither view of a group has more than `max_tokens` tokens.
 
-    Both views count (docs/algorithm.md section 5): the wider of the two decides. Sorting by length keeps padding
-    small; every rollout appears once, and one longer than the budget gets a group of its own.
+    Both views count (docs/algorithm.md section 5): each fills its own microbatch. The responses to one sample stay
+    together as far as they fit, since they share its images, else they are divided evenly; the largest such parts
+    choose first, each the first group with room. Every rollout appears once; one longer than the budget stands alone.
     """
+    by_sample: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_sample.setdefault(id(rollout.sample), []).append(rollout)
+    parts: list[list[Rollout]] = []
+    for answers in by_sample.values():
+        full = _fill([[rollout] for rollout in answers], max_tokens)
+        answers = sorted(answers, key=lambda rollout: rollout.token_ids.numel(), reverse=True)
+        even = [answers[i :: len(full)] for i in range(len(full))]
+        parts += even if all(max(_size(part)) <= max_tokens for part in even) else full
+    return _fill(parts, max_tokens)
 
-    def width(rollout: Rollout) -> int:
-        prompt = max(rollout.sample.student.num_tokens, rollout.sample.teacher.num_tokens)
-        return prompt + rollout.token_ids.numel()
 
+def _size(part: list[Rollout]) -> tuple[int, int]:
+    """Tokens of the student's and of the teacher's microbatch."""
+    response = sum(rollout.token_ids.numel() for rollout in part)
+    student = sum(rollout.sample.student.num_tokens for rollout in part)
+    return student + response, sum(rollout.sample.teacher.num_tokens for rollout in part) + response
+
+
+def _fill(parts: list[list[Rollout]], max_tokens: int) -> list[list[Rollout]]:
+    """Join `parts` to groups within the budget: the largest first, each into the first group with room."""
     groups: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=width, reverse=True):
-        # sorted from wide to narrow, so the first of a group is the width the others are padded to
-        if groups and (len(groups[-1]) + 1) * width(groups[-1][0]) <= max_tokens:
-            groups[-1].append(rollout)
-        else:
-            groups.append([rollout])
+    sizes: list[tuple[int, int]] = []
+    for part in sorted(parts, key=lambda part: max(_size(part)), reverse=True):
+        student, teacher = _size(part)
+        room = (i for i, (s, t) in enumerate(sizes) if max(s + student, t + teacher) <= max_tokens)
+        i = next(room, len(groups))
+        if i == len(groups):
+            groups.append([])
+            sizes.append((0, 0))
+        groups[i] = [*groups[i], *part]
+        sizes[i] = sizes[i][0] + student, sizes[i][1] + teacher
     return groups

@@ -224,12 +224,30 @@ class OptimizerConfig:
 
 
 @dataclass
+class FP8Config:
+    """FP8 matrix products of the language layers in both passes (Transformer Engine); sampling stays in bf16."""
+
+    recipe: str | None = None
+    """null | delayed | tensorwise | blockwise: where the scales come from."""
+    format: str = "hybrid"
+    """hybrid (e4m3 forward, e5m2 for gradients) | e4m3"""
+    amax_history: int = 1024
+    """delayed: microbatches whose largest values are remembered."""
+    amax_algorithm: str = "max"
+    """delayed: max | most_recent of them decides the scale."""
+    first_layers_bf16: int = 0
+    """tensorwise, blockwise: so many layers at the start of the model stay in bf16."""
+    last_layers_bf16: int = 0
+
+
+@dataclass
 class PrecisionConfig:
     """Number formats."""
 
     dtype: str = "bf16"
     """bf16 | fp32 | auto (what config.json says): weights and activations; main weights, gradients and the EMA are
     always float32."""
+    fp8: FP8Config = field(default_factory=FP8Config)
 
 
 @dataclass
@@ -261,7 +279,11 @@ class TrainerConfig:
 
     max_steps: int = 65
     max_tokens_per_microbatch: int = 16384
-    """Padded tokens of one microbatch; the wider of the two views counts."""
+    """Most tokens of one microbatch in either view, unless one sequence has more."""
+    recompute: str = "none"
+    """none | mlp | layers: what the backward pass of the language layers computes again instead of keeping it."""
+    recompute_vision: bool = False
+    """Compute the blocks of the vision tower again instead of keeping 10 GB for an image of a million pixels."""
     max_time: str | None = None
     """Wall-clock limit DD:HH:MM:SS: no step is begun that would end after it; the run saves and can be resumed."""
     max_skipped_updates: int = 10

@@ -27,7 +27,7 @@ from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.gap import load_answered, measure_gap
-from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.checkpoint import Shards
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
@@ -161,7 +161,7 @@ class VisionOPDModel(ModelPT):
         """Student and teacher microbatches over the same responses, both within the token budget."""
         if not rollouts:  # this rank has nothing to learn from, but takes part in the collectives
             rollouts = [blank_rollout(self.processor.pad_token_id)]
-        pad_multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        pad_multiple = fp8.token_multiple(self.student.config)
         device, pad = cpu.device(), self.processor.pad_token_id
         students, teachers = [], []
         packed = split_by_token_budget(rollouts, self.config.trainer.max_tokens_per_microbatch)
@@ -291,6 +291,7 @@ class VisionOPDModel(ModelPT):
         """Between two steps: measure accuracy where it is due, save, and stop when there is a reason to."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
         step = self.trainer.global_step
+        fp8.agree(self._scaling(), self.groups)
         self._evaluate(step)
         self.checkpointer.finish(wait=False)
         reason = self.control.stop_reason(step)
@@ -301,6 +302,11 @@ class VisionOPDModel(ModelPT):
             self.checkpointer.finish(wait=True)
             self.control.write_status(reason, step, self.checkpointer.last)
             self.trainer.should_stop = True
+
+    def _scaling(self) -> dict[str, Tensor]:
+        """What delayed FP8 scaling remembers, live."""
+        stages = {"student": self.student, "teacher": self.teacher_model}
+        return {f"{who}.{name}": t for who, stage in stages.items() for name, t in fp8.scaling_state(stage).items()}
 
     def sharded_state(self) -> dict[str, Shards]:
         """The float32 tensors that survive a restart: student, both moments of Adam, teacher."""
@@ -324,6 +330,7 @@ class VisionOPDModel(ModelPT):
             "num_updates": self.student_optimizer.num_updates,
             "loader": torch.frombuffer(bytearray(position), dtype=torch.uint8),
             "ahead": self._gather(self.engine.pending()) if isinstance(self.engine, AheadEngine) else [],
+            "scaling": fp8.gather(self._scaling(), self.groups),
             "reporter": self.reporter.state(),
             "control": self.control.state(),
         }
@@ -332,6 +339,7 @@ class VisionOPDModel(ModelPT):
         """Continue from `state` and from the tensors that were read into `sharded_state`."""
         self.student_optimizer.restored(state["num_updates"])
         self.teacher.restored()
+        fp8.restore(self._scaling(), state["scaling"])
         position = state["loader"].numpy().tobytes()
         read_position(position)  # a damaged one is told now
         self._loader_position = position

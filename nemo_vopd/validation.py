@@ -45,6 +45,26 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, option, value, f"must be one of {', '.join(choices)}", f"set {option}={choices[0]}")
 
 
+def _check_fp8(config: Config) -> None:
+    options = config.precision.fp8
+    if options.recipe is None:
+        return
+    _one_of("precision.fp8.recipe", options.recipe, ("delayed", "tensorwise", "blockwise"))
+    _one_of("precision.fp8.format", options.format, ("hybrid", "e4m3"))
+    _one_of("precision.fp8.amax_algorithm", options.amax_algorithm, ("max", "most_recent"))
+    _at_least(1, precision__fp8__amax_history=options.amax_history)
+    first, last = options.first_layers_bf16, options.last_layers_bf16
+    _at_least(0, precision__fp8__first_layers_bf16=first, precision__fp8__last_layers_bf16=last)
+    rule = "needs bf16 weights"
+    _require(config.precision.dtype != "fp32", "precision.dtype", "fp32", f"precision.fp8 {rule}", "set it to bf16")
+    remedy = "set it to auto or choose precision=bf16"
+    local = config.model.layer_spec == "local"
+    _require(not local, "model.layer_spec", "local", "has no FP8: precision.fp8 needs Transformer Engine", remedy)
+    rule = "delayed scaling follows all layers of a pass together; none can stay in bf16"
+    remedy = "set first_layers_bf16 and last_layers_bf16 to 0, or precision=fp8_tensorwise"
+    _require(options.recipe != "delayed" or not (first or last), "precision.fp8.recipe", "delayed", rule, remedy)
+
+
 def validate(config: Config) -> None:
     """Check ranges and choices that need neither the model nor the world size. Raises OptionError."""
     rollout, distill, data, optimizer = config.rollout, config.distill, config.data, config.optimizer
@@ -55,6 +75,8 @@ def validate(config: Config) -> None:
     _one_of("distill.teacher.kind", distill.teacher.kind, ("ema", "fixed", "current", "periodic", "trust_region"))
     _one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine"))
     _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32", "auto"))
+    _one_of("trainer.recompute", config.trainer.recompute, ("none", "mlp", "layers"))
+    _check_fp8(config)
     _at_least(
         1,
         num_nodes=config.num_nodes,
@@ -150,7 +172,7 @@ def validate(config: Config) -> None:
         config.parallel.context == 1,
         "parallel.context",
         config.parallel.context,
-        "a sequence is not split over ranks: attention here is causal over whole right-padded sequences",
+        "a sequence is not split over ranks",
         "set parallel.context=1 and divide with parallel.tensor, parallel.sequence and parallel.pipeline",
     )
     _require(

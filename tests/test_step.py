@@ -29,6 +29,8 @@ LAYOUTS = {
     "121": (2, UNEVEN),
     "121 small": (2, [*UNEVEN, SMALL, "distill.teacher.offload=true"]),
     "131 small": (3, ["parallel.pipeline=3", SMALL]),
+    "111 recompute": (1, ["trainer.recompute=layers", "trainer.recompute_vision=true"]),
+    "221 recompute": (4, [*TENSOR, *UNEVEN, SMALL, "trainer.recompute=mlp"]),
     "112": (2, []),
     "112 small": (2, [SMALL]),
     "221": (4, [*TENSOR, *UNEVEN]),

@@ -14,6 +14,7 @@ from nemo_vopd.config import DistillConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.mcore import cpu
+from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.schedule import teacher_pass
 from nemo_vopd.mcore.stage import Stage
 
@@ -43,7 +44,7 @@ def trace(
     for rollout in rollouts:
         policies, logits = [], []
         for model, view in ((student, rollout.sample.student), (teacher, rollout.sample.teacher)):
-            batch = collate([rollout], [view], processor.pad_token_id).to(cpu.device())
+            batch = collate([rollout], [view], processor.pad_token_id, token_multiple(model.config)).to(cpu.device())
             (hidden,) = teacher_pass(model, [batch], groups)
             logits.append(_gather((hidden @ model.output_weight().t()).float(), groups)[:, : model.vocab_size])
             policies.append(_policy(logits[-1], rollout.token_ids, processor))

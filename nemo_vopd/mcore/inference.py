@@ -84,7 +84,7 @@ class ChunkPass:
         """
         x, added = hidden, None
         if x is None:
-            embedded, added = self.chunk._embed(tokens.token_ids[None], tokens.pixel_values, tokens.grid_thw)
+            embedded, added = self.chunk.embed(tokens.token_ids, tokens.pixel_values, tokens.grid_thw)
             x, added = embedded[:, 0], added[:, 0] if added is not None else None
         for layer in self.layers:
             last_only = prompts and self.ends_model and layer is self.layers[-1]

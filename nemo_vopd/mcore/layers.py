@@ -7,12 +7,14 @@ and rotates all of them again at every step, and cannot share a prompt among res
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -26,8 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from nemo_vopd.batch import Packing
 from nemo_vopd.errors import OptionError
-from nemo_vopd.mcore.kv_cache import KVCache as KVCache
 
 
 class RMSNorm(torch.nn.Module):
@@ -48,15 +50,26 @@ class RMSNorm(torch.nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of query [s, b, h, d] over key, value [s, b, g, d] (grouped heads); returns [s, b, h * d]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Causal attention of query [S, 1, h, d] over key, value [S, 1, g, d] (grouped heads); returns [S, 1, h * d].
+
+    Neighbours of one length are computed together.
+    """
+    outputs, start = [], 0
+    for length, run in groupby(packing.lengths):
+        num = len(list(run))
+        q, k, v = (
+            x[start : start + num * length, 0].view(num, length, *x.shape[2:]).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        outputs.append(out.transpose(1, 2).reshape(num * length, 1, -1))
+        start += num * length
+    return torch.cat(outputs)
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention over right-padded sequences."""
+    """Causal attention of packed tokens, each within its sequence."""
 
     def __init__(
         self,
@@ -72,19 +85,24 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
-        self.training_attention = None
+        self.fused = None
         if HAVE_TE and torch.cuda.is_available():
             from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-            self.training_attention = TEDotProductAttention(
+            self.fused = TEDotProductAttention(
                 config, layer_number, attn_mask_type, attention_type, None, softmax_scale, cp_comm_type=cp_comm_type
             )
 
-    def forward(self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, **kwargs):
-        """Attend: query [s, b, h, d], key and value [s, b, g, d]; returns [s, b, h * d]."""
-        if self.training_attention is not None:
-            return self.training_attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, **kwargs)
-        return _causal_attention(query, key, value, self.scale)
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: Packing, **_: object) -> Tensor:
+        """Attend: query [S, 1, h, d], key and value [S, 1, g, d]; returns [S, 1, h * d]."""
+        packing = packed_seq_params
+        if self.fused is None:
+            return _causal_attention(query, key, value, packing, self.scale)
+        longest = max(packing.lengths)
+        params = PackedSeqParams("thd", packing.starts, packing.starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+        rows = (x.squeeze(1).contiguous() for x in (query, key, value))
+        out = self.fused(*rows, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+        return out.view(query.size(0), 1, -1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Attention has no state to save."""
@@ -101,6 +119,15 @@ def uses_transformer_engine(choice: str) -> bool:
             "run in an NGC image, pip install nemo_vopd[gpu], or set model.layer_spec=local",
         )
     return choice == "transformer_engine" or (choice == "auto" and HAVE_TE and torch.cuda.is_available())
+
+
+def recompute_options(choice: str) -> dict[str, Any]:
+    """What Megatron's `TransformerConfig` is told for `trainer.recompute` = none, mlp or layers."""
+    if choice == "mlp":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    if choice == "layers":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
 
 
 def block_spec(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch
 from nemo_vopd.mcore import parallel
+from nemo_vopd.mcore.fp8 import roll_history
 from nemo_vopd.mcore.stage import Stage
 
 LossFunction = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -30,7 +31,8 @@ def _run(
         patches = None
         if model is chunks[0] and parallel.is_first_stage(groups):  # the only chunk that reads them
             patches = batch.pixel_values.to(batch.token_ids.device, non_blocking=True)
-        hidden = model(batch.token_ids, batch.position_ids, patches, batch.grid_thw)
+        hidden = model(batch.token_ids, batch.position_ids, batch.packing, patches, batch.grid_thw)
+        roll_history(chunks[0].config)
         return hidden, partial(on_last_stage, index, batch)
 
     iterators: Any = [iter(enumerate(batches)) for _ in chunks]
@@ -40,8 +42,8 @@ def _run(
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
         # lengths vary from batch to batch (variable_seq_lengths); Megatron asks for them all the same
-        seq_length=batches[0].token_ids.size(1),
-        micro_batch_size=batches[0].token_ids.size(0),
+        seq_length=batches[0].token_ids.numel(),
+        micro_batch_size=1,
         pg_collection=groups,
         p2p_communicator=_communicator(chunks[0].config, groups),
         **options,

@@ -31,6 +31,8 @@ class ActivationLaw:
     """Of one language layer, a token."""
     final_norm: int
     """After the last layer, a token."""
+    kept: int
+    """Of one language layer, a token, until the backward pass: less than `layer` where `trainer.recompute` says so."""
     boundary: int
     """Hidden states a stage receives or sends and keeps for the backward pass, a token."""
     tower: int
@@ -41,7 +43,7 @@ class ActivationLaw:
     def stage_bytes(self, packed: Packed, num_layers: int, *, first: bool, last: bool) -> int:
         """What one microbatch keeps alive in a chunk of `num_layers` layers."""
         tokens = packed.num_tokens
-        total = tokens * num_layers * self.layer
+        total = tokens * num_layers * self.kept
         if first:
             total += packed.num_patches * self.tower
         if last:
@@ -62,15 +64,20 @@ def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, tran
     attention = e * (heads + 2 * groups) * d + e * (heads + groups) * d + e * heads * d + 4 * heads
     if megatron.qk_layernorm:
         attention += norm * (heads + groups) * d
-    layer = 2 * norm * hidden / split + (attention + 5 * e * megatron.ffn_hidden_size) / t + 4 * e * d
+    feed_forward = 5 * e * megatron.ffn_hidden_size / t
+    layer = 2 * norm * hidden / split + attention / t + feed_forward + 4 * e * d
+    # computed again from its input: the norm's output, or the hidden states and the angles
+    kept = {"none": layer, "mlp": layer - feed_forward, "layers": e * hidden / split}[config.trainer.recompute]
     vision = hf.vision_config
     block = _tower_block(vision, e)
     options = config.model.freeze
-    tower = 0 if options.vision else vision.depth * block + e * patch_width(vision) + 8 * _head_dim(vision)
+    kept_block = e * vision.hidden_size if config.trainer.recompute_vision else block  # its input
+    tower = 0 if options.vision else vision.depth * kept_block + e * patch_width(vision) + 8 * _head_dim(vision)
     if not options.projector or tower:
         tower += (4 + 2 * e) * vision.hidden_size + 2 * e * vision.hidden_size
     return ActivationLaw(
         layer=round(layer),
+        kept=round(kept),
         final_norm=round((e if transformer_engine else 4 + e) * hidden / split),
         boundary=round(e * hidden / split),
         tower=tower,

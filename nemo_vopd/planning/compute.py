@@ -18,17 +18,25 @@ class Cost:
 
     language: float
     vision: float
+    fp8: float = 0.0
+    """Of the language's, those that FP8 computes."""
+
+    @property
+    def total(self) -> float:
+        """Operations, whoever computes them."""
+        return self.language + self.vision
 
     def seconds(self, peak: float, assume: Assumptions) -> float:
         """At the assumed share of `peak`."""
-        return self.language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
+        language = self.language - self.fp8 + self.fp8 / assume.fp8_gain
+        return language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.language + other.language, self.vision + other.vision)
+        return Cost(self.language + other.language, self.vision + other.vision, self.fp8 + other.fp8)
 
     def times(self, factor: float) -> Cost:
         """`factor` such passes."""
-        return Cost(self.language * factor, self.vision * factor)
+        return Cost(self.language * factor, self.vision * factor, self.fp8 * factor)
 
 
 @dataclass(frozen=True)
@@ -50,31 +58,40 @@ class Timing:
         return sum(self.seconds.values())
 
 
-def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed) -> Cost:
-    """The layers and the tower of one stage on one microbatch, without the head."""
+def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, *, sampling: bool = False) -> Cost:
+    """The layers and the tower of one stage on one microbatch, without the head. `sampling` is never in FP8."""
     megatron, vision = model.megatron, hf.vision_config
     assert megatron.kv_channels is not None
     t, num_layers = megatron.tensor_model_parallel_size, sum(stage.chunk_layers)
     length = packed.num_tokens / max(1, packed.num_sequences)
     # causal: a position attends to half of them on average; scores and their product with the values
     attention = 4 * (megatron.num_attention_heads // t) * megatron.kv_channels * length / 2
-    language = packed.num_tokens * num_layers * (2 * stage.num_layer_weights + attention)
+    products = packed.num_tokens * num_layers * 2 * stage.num_layer_weights
+    language = products + packed.num_tokens * num_layers * attention
+    in_bf16 = 0
+    if megatron.first_last_layers_bf16:
+        in_bf16 = megatron.num_layers_at_start_in_bf16 + megatron.num_layers_at_end_in_bf16
+    fp8 = products * (1 - in_bf16 / megatron.num_layers) if megatron.fp8 and not sampling else 0.0
     if not stage.num_vision or not packed.num_patches:
-        return Cost(language, 0.0)
-    # image tokens may outnumber sequences' images only with several images a prompt: windows hide most of it
-    patches = packed.num_patches / max(1, packed.num_sequences)
+        return Cost(language, 0.0, fp8)
+    patches = packed.num_patches / max(1, packed.num_prompts)  # of two images in a prompt, windows hide most of it
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
     window = (getattr(vision, "window_size", 0) // int(vision.patch_size)) ** 2
     keys = full * patches + (vision.depth - full) * min(window, patches)
     tower = packed.num_patches * (2 * stage.num_vision_blocks + 4 * vision.hidden_size * keys)
-    return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens)
+    return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens, fp8)
 
 
 def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu, assume: Assumptions) -> Timing:
     """Operations and seconds of one step."""
     peak = gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
     stages, chunks = model.stages, config.parallel.virtual_pipeline
-    student = [forward_cost(hf, model, stage, work.student_mean).times(3) for stage in stages]
+    again = {"none": 0, "mlp": _feed_forward_share(model), "layers": 1}[config.trainer.recompute]
+    student = []
+    for stage in stages:
+        cost = forward_cost(hf, model, stage, work.student_mean)
+        tower = cost.vision if config.trainer.recompute_vision else 0.0
+        student.append(cost.times(3) + Cost(cost.language, 0.0, cost.fp8).times(again) + Cost(0.0, tower))
     teacher = [forward_cost(hf, model, stage, work.teacher_mean) for stage in stages]
     # of each response row the student's logits and both gradients, and the teacher's logits
     heads = Cost(work.student_mean.num_response_rows * 2 * stages[-1].num_head * 4, 0.0)
@@ -87,8 +104,8 @@ def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu,
     decode, decode_seconds = _decode(model, work, gpu, peak, assume)
     flops = {
         "rollout": ranks * (prefill + decode),
-        "teacher": ranks * num * sum(cost.language + cost.vision for cost in teacher),
-        "student": ranks * num * sum(cost.language + cost.vision for cost in student),
+        "teacher": ranks * num * sum(cost.total for cost in teacher),
+        "student": ranks * num * sum(cost.total for cost in student),
     }
     seconds = {
         "rollout": prefill_seconds + decode_seconds,
@@ -98,6 +115,14 @@ def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu,
     }
     fill = (len(stages) - 1) / chunks
     return Timing(flops, seconds, fill / (num + fill), student_times)
+
+
+def _feed_forward_share(model: ModelCount) -> float:
+    """Of the products of a layer."""
+    megatron = model.megatron
+    assert megatron.ffn_hidden_size is not None and megatron.kv_channels is not None and megatron.num_query_groups
+    attention = 2 * megatron.kv_channels * (megatron.num_attention_heads + megatron.num_query_groups)
+    return 3 * megatron.ffn_hidden_size / (3 * megatron.ffn_hidden_size + attention)
 
 
 def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) -> float:
@@ -114,12 +139,13 @@ def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: As
     packed = Packed(
         max(1, round(size)),
         round(size * prompt.num_tokens),
+        max(1, round(size)),
         round(size * prompt.num_image_tokens),
         round(size * prompt.num_patches),
         0,
     )
-    costs = [forward_cost(hf, model, stage, packed) for stage in model.stages]
-    total = passes * sum(cost.language + cost.vision for cost in costs)
+    costs = [forward_cost(hf, model, stage, packed, sampling=True) for stage in model.stages]
+    total = passes * sum(cost.total for cost in costs)
     return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], passes, 1)
 
 

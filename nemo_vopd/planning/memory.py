@@ -96,6 +96,9 @@ def stage_memory(
     law = activation_law(config, hf, megatron, transformer_engine=config.model.layer_spec != "local")
     first, last = number == 0, number == num_stages - 1
     kinds = fixed_bytes(stage, megatron, config.distill.teacher.kind)
+    if megatron.fp8:  # cast once for all microbatches of a pass: as they are for both passes, turned for one backward
+        copies = 3 if config.distill.teacher.kind != "current" else 2
+        kinds["fp8_weights"] = copies * stage.num_layer_weights * sum(stage.chunk_layers)
 
     chunks = _chunk_bytes(law, work.student_most, stage.chunk_layers, first=first, last=last)
     kinds["activations"] = most_alive(work.num_microbatches, num_stages, number, chunks)
@@ -114,7 +117,7 @@ def stage_memory(
     lanes, longest = work.lanes, work.longest_prompt
     kinds["kv_cache"] = kv_cache_bytes(megatron, sum(stage.chunk_layers), lanes.num_positions * lanes.num_lanes)
     num = prompts_of_a_pass(work, longest)
-    prompts = Packed(num, num * longest.num_tokens, num * longest.num_image_tokens, num * longest.num_patches, 0)
+    prompts = Packed(num, num * longest.num_tokens, num, num * longest.num_image_tokens, num * longest.num_patches, 0)
     per_logit = _SAMPLING_BYTES + (_SORTING_BYTES if config.rollout.top_p < 1 else 0) + 2 * e
     sampling = lanes.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
     kinds["rollout_workspace"] = max(_one_layer(law, prompts, first), sampling)

@@ -97,7 +97,8 @@ def plan_text(plan: Plan) -> str:
     """Tables for people: GiB and seconds."""
     data = plan_json(plan, None)
     layout, batch, parameters = data["layout"], data["batch"], data["parameters"]
-    dtype = "bf16" if plan.model.megatron.bf16 else "fp32"
+    dtype, recipe = "bf16" if plan.model.megatron.bf16 else "fp32", plan.config.precision.fp8.recipe
+    dtype += f" and FP8 ({recipe})" if recipe else ""
     uneven = f", layers {layout['pipeline_layout']}" if layout["pipeline_layout"] else ""
     virtual = f" x {layout['virtual_pipeline']} chunks" if layout["virtual_pipeline"] > 1 else ""
     lines = [

@@ -26,8 +26,11 @@ class Packed:
 
     num_sequences: int
     num_tokens: int
-    """Padded, responses included."""
+    """Responses included."""
+    num_prompts: int
+    """Their images pass the tower once for all their responses."""
     num_image_tokens: int
+    """Of each prompt once."""
     num_patches: int
     num_response_rows: int
 
@@ -116,24 +119,28 @@ def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -
     budget = config.trainer.max_tokens_per_microbatch
     # both views share a microbatch's sequences, and the wider one decides how many fit
     width = max(student.num_tokens, teacher.num_tokens) + response
-    fit = min(max(1, budget // width), num_prompts * n)
-    num_microbatches = math.ceil(num_prompts * n / fit)
-    per_microbatch = num_prompts * n / num_microbatches
+    fit = max(1, budget // width)
+    num_parts = num_prompts * math.ceil(n / fit)
+    num_microbatches = math.ceil(num_parts / _parts_together(fit, n))
+    per_microbatch, images_of = num_prompts * n / num_microbatches, num_parts / num_microbatches
     if config.parallel.virtual_pipeline > 1:  # filled up to whole rounds of the pipeline
         num_microbatches += -num_microbatches % config.parallel.pipeline
 
     def mean(of: Prompt) -> Packed:
-        tokens, images = per_microbatch * (of.num_tokens + response), per_microbatch * of.num_image_tokens
-        rows = round(per_microbatch * response)
-        return Packed(round(per_microbatch), round(tokens), round(images), round(images * merge**2), rows)
+        tokens, images = per_microbatch * (of.num_tokens + response), images_of * of.num_image_tokens
+        numbers = per_microbatch, tokens, images_of, images, images * merge**2, per_microbatch * response
+        return Packed(*map(round, numbers))
 
     def largest(of: Prompt, longest: Prompt) -> Packed:
         # A sequence beyond the budget has a microbatch of its own. Short responses leave room for the most images.
         tokens = min(max(budget, widest), num_prompts * n * widest)
         most_sequences = min(max(1, budget // max(student.num_tokens, teacher.num_tokens)), num_prompts * n)
-        images = max(longest.num_image_tokens, most_sequences * of.num_image_tokens)
+        # where responses are short, more fit
+        fits = range(min(fit, most_sequences), most_sequences + 1)
+        most_prompts = max(_parts_together(number, n) for number in fits)
+        images = max(longest.num_image_tokens, most_prompts * of.num_image_tokens)
         rows = max(longest_response, budget * response // width)
-        return Packed(most_sequences, tokens, images, images * merge**2, rows)
+        return Packed(most_sequences, tokens, most_prompts, images, images * merge**2, rows)
 
     widest = max(longest.num_tokens, longest_teacher.num_tokens) + longest_response
     return Workload(
@@ -152,6 +159,15 @@ def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -
         teacher_most=largest(teacher, longest_teacher),
         lanes=lanes(config, num_prompts, student.num_tokens, longest.num_tokens),
     )
+
+
+def _parts_together(fit: int, n: int) -> int:
+    """Different prompts in a microbatch with room for `fit` sequences.
+
+    The n responses to a prompt stay together, or are divided into even parts that fit (`batch.split_by_token_budget`).
+    """
+    num_parts = math.ceil(n / fit)
+    return fit // math.ceil(n / num_parts)
 
 
 def lanes(config: Config, num_prompts: int, prompt_tokens: int, longest_prompt: int) -> Lanes:

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 def implementations(config: Config) -> dict[str, str]:
     """Which implementation serves attention, norm, matrix products and the optimizer."""
-    engine = uses_transformer_engine(config.model.layer_spec)
+    engine, recipe = uses_transformer_engine(config.model.layer_spec), config.precision.fp8.recipe
     adam = "torch AdamW"
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         adam = megatron_optimizer.Adam.__module__.split(".")[0] + " FusedAdam"
@@ -34,7 +34,7 @@ def implementations(config: Config) -> dict[str, str]:
     return {
         "attention": "Transformer Engine" if engine else "torch scaled_dot_product_attention",
         "norm": "Transformer Engine" if engine else "nemo_vopd RMSNorm",
-        "matrix products": f"{layers}, {config.precision.dtype}",
+        "matrix products": f"{layers}, {config.precision.dtype}{f' and FP8 ({recipe})' if recipe else ''}",
         "optimizer": f"{adam} on float32 shards",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

@@ -17,11 +17,12 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_vopd.batch import PromptBatch, Rollout, collate
+from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, collate
 from nemo_vopd.config import Config, OptimizerConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass
 from nemo_vopd.mcore.stage import Stage
@@ -56,7 +57,7 @@ def warm_up(
     )
     for step, prompts in bar:
         start = time.perf_counter()
-        batch = _answers(prompts, processor, full_fraction).to(cpu.device())
+        batch = _answers(prompts, processor, full_fraction, token_multiple(model.config)).to(cpu.device())
 
         def cross_entropy(hidden: Tensor, index: int, batch=batch) -> tuple[Tensor, Tensor, Tensor]:
             # each rank projects onto its rows of the head: gradients of the hidden states are summed over ranks
@@ -79,7 +80,7 @@ def warm_up(
     return model
 
 
-def _answers(prompts: PromptBatch, processor: Processor, full_fraction: float):
+def _answers(prompts: PromptBatch, processor: Processor, full_fraction: float, pad_multiple: int) -> MicroBatch:
     """One microbatch of answers as responses: the first prompts by their full view, the others by their crop."""
     rollouts, views = [], []
     num_full = round(len(prompts.samples) * full_fraction)
@@ -88,4 +89,4 @@ def _answers(prompts: PromptBatch, processor: Processor, full_fraction: float):
         tokens = torch.tensor(processor.encode_answer(sample.answer))
         rollouts.append(Rollout(sample, tokens, torch.zeros(len(tokens))))
         views.append(sample.student if i < num_full else sample.teacher)
-    return collate(rollouts, views, processor.pad_token_id)
+    return collate(rollouts, views, processor.pad_token_id, pad_multiple)

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore import cpu, fp8, parallel
+from nemo_vopd.mcore.layers import recompute_options
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
 from nemo_vopd.vlm.hf_weights import is_frozen, load_hf
@@ -60,7 +61,9 @@ def dtype_of(hf: Any, config: Config) -> torch.dtype:
 def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of a model with the Hugging Face configuration `hf`, weights not filled in."""
     family = _FAMILIES[hf.model_type]
-    megatron = family.transformer_config(hf, config.parallel, dtype_of(hf, config))
+    options = {**fp8.megatron_options(config.precision.fp8), **recompute_options(config.trainer.recompute)}
+    megatron = family.transformer_config(hf, config.parallel, dtype_of(hf, config), **options)
+    fp8.check_sizes(config.precision.fp8, megatron)
     num_chunks = config.parallel.virtual_pipeline
     return Stage(
         [
@@ -69,6 +72,7 @@ def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stag
                 megatron,
                 groups,
                 layer_spec=config.model.layer_spec,
+                recompute_vision=config.trainer.recompute_vision,
                 pre_process=parallel.is_first_stage(groups) and index == 0,
                 post_process=parallel.is_last_stage(groups) and index == num_chunks - 1,
                 vp_stage=index if num_chunks > 1 else None,
@@ -90,6 +94,7 @@ def freeze(stage: Stage, options: FreezeConfig) -> None:
 
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
+    fp8.check_machine(config)
     stage = build_stage(hf_config(config), config, groups)
     load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
     return stage.to(cpu.device())

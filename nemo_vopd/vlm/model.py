@@ -15,15 +15,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nemo_vopd.batch import MicroBatch
-from nemo_vopd.mcore.layers import KVCache, block_spec
+from nemo_vopd.batch import MicroBatch, Packing
+from nemo_vopd.mcore.layers import block_spec
 from nemo_vopd.vlm.hf_weights import WeightRule
 from nemo_vopd.vlm.language import LAYER_RULES
 from nemo_vopd.vlm.layout import padded_vocab_size
 
 
 class LanguageModel(GPTModel):
-    """Megatron's GPT without the head: every stage returns hidden states [s, b, H].
+    """Megatron's GPT without the head: every stage returns hidden states [S, 1, H].
 
     The loss applies the head to response rows only (docs/algorithm.md section 7).
     """
@@ -48,6 +48,7 @@ class VisionLanguageModel(MegatronModule):
         groups: ProcessGroupCollection,
         *,
         layer_spec: str = "auto",
+        recompute_vision: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -64,6 +65,8 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = hf.tie_word_embeddings
         text: Any = hf.text_config
         self.vision = self.build_tower(hf) if pre_process else None
+        if self.vision is not None and recompute_vision:
+            self.vision.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if self.vision is not None:  # not `.to`: rotary frequencies, which are buffers, stay float32
             for parameter in self.vision.parameters():
                 parameter.data = parameter.data.to(config.params_dtype)
@@ -116,49 +119,52 @@ class VisionLanguageModel(MegatronModule):
         self,
         token_ids: Tensor,
         position_ids: Tensor,
+        packing: Packing,
         pixel_values: Tensor | None = None,
         grid_thw: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states [s, b, H] of this stage ([s / tp, b, H] under sequence parallelism).
+        """Hidden states [S, 1, H] of this stage ([S / tp, 1, H] under sequence parallelism).
 
         Args:
-            token_ids: [b, s].
-            position_ids: [3, b, s] M-RoPE positions of these tokens.
-            pixel_values: [N, D] patches of all images in the batch, or None while decoding.
+            token_ids: [S], packed.
+            position_ids: [3, S] M-RoPE positions of these tokens.
+            packing: which of them are one sequence.
+            pixel_values: [N, D] patches of all images, once for each prompt; only the first chunk needs them.
             grid_thw: [num_images, 3] patch grids of these images.
-            cache: keys and values of earlier tokens, while sampling.
         """
         embeddings, added = None, None
         if self.pre_process:
-            embeddings, added = self._embed(token_ids, pixel_values, grid_thw)
+            embeddings, added = self.embed(token_ids, pixel_values, grid_thw, packing)
         return self.language(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=cache,
+            input_ids=token_ids[None],
+            position_ids=position_ids[:, None],
+            attention_mask=None,
             decoder_input=embeddings,
+            packed_seq_params=packing,  # type: ignore[arg-type]
             # the slot of cross-attention: Megatron hands it to every layer, and through recomputation as an input
             extra_block_kwargs={"context": added},
         )
 
-    def _embed(
-        self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None
+    def embed(
+        self, token_ids: Tensor, pixel_values: Tensor | None, grid_thw: Tensor | None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [s, b, H] and, if the tower has any, K features to add later [s, b, K, H], zero beside images."""
+        """Embeddings [S, 1, H] and, if the tower has any, K features to add later [S, 1, K, H], zero beside images.
+
+        `packing` tells which sequences share images; without it none do.
+        """
         added = None
-        embeddings = self.language.embedding(input_ids=token_ids, position_ids=None)  # [s, b, H]
+        embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
         if pixel_values is not None and pixel_values.size(0):
             assert grid_thw is not None
             features, extra = self.image_features(pixel_values.to(embeddings.dtype), grid_thw)
-            by_sequence = embeddings.transpose(0, 1)  # images follow the order of sequences, so [b, s, H]
-            is_image = (token_ids == self.image_token_id)[..., None]
-            embeddings = by_sequence.masked_scatter(is_image, features.to(by_sequence.dtype)).transpose(0, 1)
-            embeddings = embeddings.contiguous()
+            if packing is not None:
+                merge = self.hf.vision_config.spatial_merge_size**2
+                features, *extra = (packing.for_sequences(x, merge) for x in (features, *extra))
+            is_image = (token_ids == self.image_token_id)[:, None, None]
+            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
             if extra:
-                b, s = token_ids.shape
-                zeros = embeddings.new_zeros((b, s, len(extra), embeddings.size(-1)))
-                stacked = torch.stack(extra, dim=1).to(zeros.dtype)
-                added = zeros.masked_scatter(is_image[..., None], stacked).transpose(0, 1).contiguous()
+                zeros = embeddings.new_zeros((token_ids.numel(), 1, len(extra), embeddings.size(-1)))
+                added = zeros.masked_scatter(is_image[..., None], torch.stack(extra, dim=1).to(zeros.dtype))
         if self.config.sequence_parallel:
             split = tensor_parallel.scatter_to_sequence_parallel_region
             embeddings = split(embeddings, group=self.groups.tp)
@@ -172,7 +178,7 @@ class VisionLanguageModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
-        return hidden.flatten(0, 1)[batch.response_rows]
+        return hidden[batch.response_rows, 0]
 
     def weight_rule(self, name: str) -> WeightRule:
         """The Hugging Face tensors of parameter `name` of this module (local and Transformer Engine names)."""

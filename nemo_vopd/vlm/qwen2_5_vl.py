@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
@@ -29,10 +30,15 @@ def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:
     return language_shape(hf.text_config, vision_parameters=vision.depth * tower_layer)
 
 
-def transformer_config(hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
+def transformer_config(
+    hf: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype, **options: Any
+) -> TransformerConfig:
+    """Megatron's configuration of the language model, with further `options` of it.
+
+    Raises OptionError when the layout cannot divide it.
+    """
     check_layout(model_shape(hf), parallel)
-    return language_config(hf, parallel, dtype, add_qkv_bias=True)
+    return language_config(hf, parallel, dtype, add_qkv_bias=True, **options)
 
 
 class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
@@ -55,9 +61,15 @@ class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             segments = geometry.full if i in self.fullatt_block_indexes else geometry.windows
-            x = x + self._attention(block.attn, block.norm1(x), cos, sin, segments)
-            x = x + block.mlp(block.norm2(x))
+            if block.gradient_checkpointing and self.training:  # trainer.recompute_vision
+                x = checkpoint(self._block, block, x, cos, sin, segments, use_reentrant=False)
+            else:
+                x = self._block(block, x, cos, sin, segments)
         return self.merger(x)[geometry.inverse_index]
+
+    def _block(self, block: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Tensor]) -> Tensor:
+        x = x + self._attention(block.attn, block.norm1(x), cos, sin, segments)
+        return x + block.mlp(block.norm2(x))
 
     @staticmethod
     def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Tensor]) -> Tensor:

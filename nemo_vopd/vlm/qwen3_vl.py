@@ -28,23 +28,28 @@ def model_shape(hf: Qwen3VLConfig) -> ModelShape:
     return language_shape(text, vision_parameters=vision.depth * tower_layer, num_first_layers=max(1, deepstack))
 
 
-def transformer_config(hf: Qwen3VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the language model. Raises OptionError when the layout cannot divide it."""
+def transformer_config(
+    hf: Qwen3VLConfig, parallel: ParallelConfig, dtype: torch.dtype, **options: Any
+) -> TransformerConfig:
+    """Megatron's configuration of the language model, with further `options` of it.
+
+    Raises OptionError when the layout cannot divide it.
+    """
     check_layout(model_shape(hf), parallel)
-    return language_config(hf, parallel, dtype, qk_layernorm=True)
+    return language_config(hf, parallel, dtype, qk_layernorm=True, **options)
 
 
 class InterleavedRotaryEmbedding(MultimodalRotaryEmbedding):
     """Rotary angles whose frequencies take turns among time, height and width, so each axis gets slow and fast ones."""
 
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
-        """Angles [s, b, 1, head_dim] of M-RoPE positions [3, b, s]; `mrope_section` counts frequencies of each axis."""
+        """Angles [S, 1, 1, head_dim] of M-RoPE positions [3, 1, S]; `mrope_section` counts frequencies of each axis."""
         index = torch.arange(self.inv_freq.numel(), device=self.inv_freq.device)
         axis = index % 3
         # height and width stop after their number of turns: what is left belongs to time
         turns = torch.tensor(mrope_section, device=index.device)[axis]
         axis = torch.where(index < 3 * turns, axis, 0)
-        angles = position_ids.float()[axis].permute(2, 1, 0) * self.inv_freq  # [s, b, head_dim / 2]
+        angles = position_ids.float()[axis].permute(2, 1, 0) * self.inv_freq  # [S, 1, head_dim / 2]
         return torch.cat([angles, angles], dim=-1)[:, :, None]
 
 
@@ -52,7 +57,7 @@ class DeepStackLayer(TransformerLayer):
     """A layer that adds its image features, if there are any, to its output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's layer; `context` holds the features [s, b, K, H] of layers 1 .. K, zero beside images."""
+        """As Megatron's layer; `context` holds the features [S, 1, K, H] of layers 1 .. K, zero beside images."""
         output: Any = super().forward(*args, **kwargs)
         hidden, features = output
         if features is not None and self.layer_number <= features.size(2):

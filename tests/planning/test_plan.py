@@ -71,7 +71,8 @@ def count(config: Config, world_size: int):
 
 def measure(config: Config) -> dict:
     """(what the plan's formulas say, what is there) by kind, on this rank."""
-    from nemo_vopd.mcore import layers, parallel
+    from nemo_vopd.mcore import parallel
+    from nemo_vopd.mcore.kv_cache import KVCache
     from nemo_vopd.mcore.schedule import student_pass, teacher_pass
     from nemo_vopd.model import VisionOPDModel
     from nemo_vopd.planning.activations import activation_law, most_alive
@@ -86,13 +87,13 @@ def measure(config: Config) -> dict:
     samples = next(iter(model.train_dataloader())).samples
 
     caches = []
-    plain = layers.KVCache.__init__
+    plain = KVCache.__init__
 
     def noted(cache, *args) -> None:
         caches.append(cache)
         plain(cache, *args)
 
-    layers.KVCache.__init__ = noted
+    KVCache.__init__ = noted
     params = model.sampling_params()
     model.engine.params = params.__class__(**{**vars(params), "end_token_ids": ()})
     rollouts = model.engine.generate(samples, 0)
@@ -107,7 +108,7 @@ def measure(config: Config) -> dict:
     model.student_optimizer.zero_grad()
     law = activation_law(config, hf_config(config), megatron, transformer_engine=False)
     widest = max(students, key=lambda batch: batch.token_ids.numel())
-    packed = Packed(len(widest.token_ids), widest.token_ids.numel(), 0, len(widest.pixel_values), 0)
+    packed = Packed(len(widest.packing.lengths), widest.token_ids.numel(), 0, 0, len(widest.pixel_values), 0)
     # what neighbours send and get is not autograd's, but kept by the schedule
     ends = packed.num_tokens * law.boundary * (int(not first) + int(not last))
     per_microbatch = law.stage_bytes(packed, num_layers, first=first, last=last) - ends
@@ -115,6 +116,8 @@ def measure(config: Config) -> dict:
     with torch.autograd.graph.saved_tensors_hooks(alive.pack, lambda kept: kept.tensor):
         student_pass(model.student, model.student_ddp, students, model._loss(students, hidden), groups)
     expected = most_alive(len(students), groups.pp.size(), number, [per_microbatch])
+    # one layer, then one block of the tower, computed again: to the plan, workspace
+    expected += packed.num_tokens * (law.layer - law.kept)
     result["activations"] = (expected, alive.most)
 
     assert model.student_optimizer.step(1e-5)[0]
@@ -138,6 +141,8 @@ LAYOUTS = {
     "one process, float32": (1, {}, ()),
     "tensor 2, sequence, bf16": (2, {}, ("parallel.tensor=2", "parallel.sequence=true", "precision.dtype=bf16")),
     "pipeline 2, tied": (2, {"tie_word_embeddings": True}, ("parallel.pipeline=2",)),
+    "layers recomputed": (1, {}, ("trainer.recompute=layers", "trainer.recompute_vision=true")),
+    "feed-forward recomputed, pipeline 2": (2, {}, ("parallel.pipeline=2", "trainer.recompute=mlp")),
     "data 2, bf16, tower frozen": (2, {}, ("precision.dtype=bf16", "model.freeze.vision=true")),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -14,6 +15,7 @@ from megatron.core.tensor_parallel import (
 from transformers import AutoModelForImageTextToText
 
 from nemo_vopd import vlm
+from nemo_vopd.batch import Packing
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.mcore import parallel
 from nemo_vopd.vlm import hf_weights
@@ -67,12 +69,16 @@ def ours(folder: Path, config, positions, tensor: int = 1, sequence: bool = Fals
     groups = parallel.initialize(layout, seed=1)
     model = build(config, groups, layout)
     load_hf(model, model.weight_rule, folder, groups)
-    token_ids, _, grid_thw, pixel_values, weights = inputs(config)
-    hidden = model(token_ids, positions, pixel_values, grid_thw)
+    token_ids, mask, grid_thw, pixel_values, weights = inputs(config)
+    valid = mask.bool()  # ours are packed, with a sequence of padding to divide them under sequence parallelism
+    packing = Packing.of([*mask.sum(dim=1).tolist(), 1])
+    padded = [F.pad(x, (0, 1)) for x in (token_ids[valid], positions[:, valid])]
+    hidden = model(*padded, packing, pixel_values, grid_thw)
     if sequence:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    logits = copy_to_tensor_model_parallel_region(hidden) @ model.output_weight().t()
-    logits = gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+    packed = copy_to_tensor_model_parallel_region(hidden) @ model.output_weight().t()
+    packed = gather_from_tensor_model_parallel_region(packed)[:-1, 0]
+    logits = packed.new_zeros(weights.shape).masked_scatter(valid[..., None], packed)
     (logits * weights).sum().backward()
     for name, parameter in model.named_parameters():
         # finalize_model_grads does this in training: sequence parallelism splits the rows that a norm sees, tensor
