@@ -3,11 +3,13 @@
 python recipes/benchmark.py loss output=loss.json
 python recipes/benchmark.py rollout model.hf_path=DIR data.path=DATASET
 python recipes/benchmark.py step model.hf_path=DIR data.path=DATASET
+python recipes/benchmark.py gpu output=gpu.json
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 from pathlib import Path
 
@@ -45,18 +47,58 @@ class SamplingBenchmark:
     """Of unequal ones, about."""
 
 
+class GpuPart(enum.Enum):
+    """What is measured on a GPU, in the order of the default."""
+
+    ceilings = "ceilings"
+    layers = "layers"
+    loss = "loss"
+    decode = "decode"
+    step = "step"
+
+
+@dataclasses.dataclass
+class GpuBenchmark:
+    """Sizes of part=gpu: two layers of Qwen2.5-VL-72B's shape, sampling and a step of 3B's, random weights."""
+
+    parts: list[GpuPart] = dataclasses.field(default_factory=lambda: list(GpuPart))
+    budget_seconds: float = 420.0
+    """Nothing is begun after so many seconds of measuring; imports come before."""
+    resume: bool = False
+    """Keep the parts that `output` holds already and that are not measured again."""
+    layer_tokens: int = 8192
+    """Of the microbatch that the layers are given."""
+    sequence_tokens: int = 1024
+    """Of each sequence in it."""
+    loss_tokens: list[int] = dataclasses.field(default_factory=lambda: [1024, 2048, 4096, 8192])
+    vocab_size: int = 152064
+    """Of the loss."""
+    hidden_size: int = 8192
+    """Of the loss."""
+    decode_batches: list[int] = dataclasses.field(default_factory=lambda: [64, 256])
+    """Responses decoded together."""
+    prompt_tokens: int = 512
+    """Of sampling and of the step; there three quarters of them are an image."""
+    response_tokens: int = 128
+    """Of sampling."""
+    step_sequences: int = 32
+    step_response_tokens: int = 512
+    step_microbatch_tokens: int = 4096
+
+
 @dataclasses.dataclass
 class BenchmarkConfig(Config):
     """A run's configuration and what to measure on it."""
 
     part: str = "loss"
-    """loss | rollout | step"""
+    """loss | rollout | step | gpu"""
     repeats: int = 3
     """The median of so many measurements is reported."""
     output: str | None = None
-    """JSON file for the results."""
+    """JSON file for the results; part=gpu writes tables to FILE.md beside it."""
     loss: LossBenchmark = dataclasses.field(default_factory=LossBenchmark)
     sampling: SamplingBenchmark = dataclasses.field(default_factory=SamplingBenchmark)
+    gpu: GpuBenchmark = dataclasses.field(default_factory=GpuBenchmark)
 
 
 ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
@@ -65,8 +107,11 @@ ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
 def main(cfg: DictConfig) -> None:
     """Measure, print a table, write the JSON."""
     config = from_hydra(cfg, BenchmarkConfig)
-    if config.part not in ("loss", "rollout", "step"):
-        raise OptionError("part", config.part, "must be one of loss, rollout, step", "say benchmark.py loss")
+    if config.part not in ("loss", "rollout", "step", "gpu"):
+        raise OptionError("part", config.part, "must be one of loss, rollout, step, gpu", "say benchmark.py loss")
+    if config.part == "gpu":
+        _gpu(config)
+        return
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.runtime import benchmark  # Megatron takes seconds to import: mistakes are told first
 
@@ -93,6 +138,17 @@ def main(cfg: DictConfig) -> None:
     result = {"part": config.part, "threads": torch.get_num_threads(), "rows": rows}
     if config.output is not None:
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _gpu(config: BenchmarkConfig) -> None:
+    """Tables and files appear as parts end."""
+    if not torch.cuda.is_available():
+        rule, remedy = "needs an NVIDIA GPU, and this machine has none", "say benchmark.py loss, rollout or step"
+        raise OptionError("part", config.part, rule, remedy)
+    from nemo_vopd.runtime import gpu_benchmark
+
+    options = {**dataclasses.asdict(config.gpu), "parts": [part.name for part in config.gpu.parts]}
+    gpu_benchmark.run(config, repeats=config.repeats, output=config.output, **options)
 
 
 if __name__ == "__main__":

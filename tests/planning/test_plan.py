@@ -227,18 +227,20 @@ def test_a_model_directory_wins_over_the_published_architecture(assets):
 
 def test_remedies_are_changes_that_work():
     tight = ("train_7b", ("trainer.max_tokens_per_microbatch=16384",))
-    few_nodes = ("train_72b", ("num_nodes=4",))
+    tower = ("train_72b", ("num_nodes=4", "trainer.max_tokens_per_microbatch=2560", "trainer.recompute_vision=false"))
+    few_nodes = ("train_72b", ("num_nodes=3", "parallel.pipeline=3", "parallel.pipeline_layout=[22,29,29]"))
     one_node = ("train_72b", ("num_nodes=1",))
     uneven_batch = ("train_72b", ("data.batch_size=97",))
     layers = ("train_72b", ("parallel.pipeline_layout=null", "parallel.pipeline=3", "num_nodes=3"))
-    cases = [tight, few_nodes, one_node, uneven_batch, layers]
-    tight_plan, few, one, uneven, third = run_distributed(plans, 1, cases)[0]
-    assert not any(plan["fits"] for plan in (tight_plan, few, one, uneven, third))
+    cases = [tight, tower, few_nodes, one_node, uneven_batch, layers]
+    tight_plan, towering, few, one, uneven, third = run_distributed(plans, 1, cases)[0]
+    assert not any(plan["fits"] for plan in (tight_plan, towering, few, one, uneven, third))
     assert (
         tight_plan["remedy"].startswith("does not fit: pipeline stage 0 needs")
         and "trainer.max_tokens_per_microbatch=" in tight_plan["remedy"]
     )
-    assert few["remedy"].endswith("set num_nodes=8") and few["stages"]
+    assert towering["remedy"].endswith("GiB in the student phase; set trainer.recompute_vision=true")
+    assert few["remedy"].endswith("set num_nodes=9") and few["stages"]
     assert one["remedy"].startswith("num_nodes=1: 8 GPUs") and one["remedy"].endswith("set num_nodes=8")
     assert "data.batch_size=97: must be divisible by the data-parallel size 2; set it to 96 or 98" == uneven["remedy"]
     assert "parallel.pipeline_layout=[" in third["remedy"]
