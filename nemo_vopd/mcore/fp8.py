@@ -110,6 +110,7 @@ def roll_history(megatron: TransformerConfig) -> None:
         FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
 
 
+@torch.no_grad()  # with gradients enabled, leaving an FP8 context rolls all histories
 def scaling_state(stage: Any) -> dict[str, Tensor]:
     """Scales and histories of largest values of `stage`, live: `layers.<number of the layer>.<module>.<tensor>`.
 
@@ -122,8 +123,9 @@ def scaling_state(stage: Any) -> dict[str, Tensor]:
 
     state: dict[str, Tensor] = {}
     for name, module in _scaled_modules(stage):
-        with get_fp8_context(megatron):
-            module.init_fp8_metadata(num_gemms=1)
+        if "scaling_fwd" not in module.fp8_meta:
+            with get_fp8_context(megatron):
+                module.init_fp8_metadata(num_gemms=1)
         for direction in ("fwd", "bwd"):
             scaling = module.fp8_meta[f"scaling_{direction}"]
             state[f"{name}.scale_{direction}"] = scaling.scale
