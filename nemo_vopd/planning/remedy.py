@@ -59,8 +59,9 @@ def _changes(plan: Plan, phase: str) -> Iterator[dict[str, Any]]:
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         yield {"parallel.sequence": True}
     if phase == "student":
-        for options in ({"recompute_vision": True}, {"recompute": "mlp"}, {"recompute": "layers"}):
-            yield {f"trainer.{name}": value for name, value in options.items()}
+        yield {"trainer.recompute_vision": True}
+        yield {"trainer.recompute": "mlp"}
+        yield {"trainer.recompute": "layers"}
         yield {"trainer.recompute_vision": True, "trainer.recompute": "layers"}
     for factor in (2, 3, 4, 8):
         yield {"num_nodes": config.num_nodes * factor}
