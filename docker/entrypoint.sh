@@ -11,9 +11,10 @@ usage() {
 usage: VERB [options] | COMMAND [arguments]
   train               train; with several GPUs one process for each, or NPROC=N processes
   plan                will a run fit, and how long will it take; needs no GPU
-  prepare_data        turn a JSONL file with images into an Energon data set
+  prepare_data        turn images with questions and boxes into an Energon data set
   generate            answer a question about an image                         (NPROC=N)
-  evaluate            accuracy on full images and crops                        (NPROC=N)
+  evaluate            accuracy on full images and crops, and on benchmarks     (NPROC=N)
+  report              one HTML page about a run, or about two
   convert_checkpoint  between a checkpoint and a Hugging Face directory        (NPROC=N)
   benchmark           measure this machine                                     (NPROC=N)
   quickstart          the whole method on two CPU cores
@@ -85,7 +86,7 @@ case $verb in
   help | -h | --help) usage ;;
   train) run train_vopd "${NPROC:-$(num_gpus)}" "${@:2}" ;;
   generate | evaluate | convert_checkpoint | benchmark) run "$verb" "${NPROC:-1}" "${@:2}" ;;
-  plan | prepare_data | quickstart) run "$verb" 1 "${@:2}" ;;
+  plan | prepare_data | report | quickstart) run "$verb" 1 "${@:2}" ;;
   check)
     base=()
     [ ! -f /opt/nemo_vopd_base/base.json ] || base=(--base /opt/nemo_vopd_base/base.json)

@@ -23,10 +23,16 @@ from nemo_vopd.errors import OptionError, RunError
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str | None = None) -> None:
+def run_recipe(
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    verb: str | None = None,
+    more_help: Callable[[], str] | None = None,
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and call `task` with it.
 
     `verb` names the option whose value may be given as a first word alone (`benchmark.py loss` for `part=loss`).
+    `more_help` is printed before Hydra's own answer to --help.
 
     A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2, a fault that no option
     mends with one line and exit code 1. Options are read
@@ -35,6 +41,8 @@ def run_recipe(task: Callable[[DictConfig], None], config_name: str, verb: str |
     """
     if verb is not None and len(sys.argv) > 1 and re.fullmatch(r"\w+", sys.argv[1]):
         sys.argv[1] = f"{verb}={sys.argv[1]}"
+    if more_help is not None and {"--help", "-h"} & set(sys.argv[1:]):
+        print(more_help() + "\n")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report with code 1
 
     # NeMo's telemetry client says at length, on import, that it is switched off; Megatron and Energon tell what they

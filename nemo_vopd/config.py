@@ -73,6 +73,12 @@ class CropConfig:
     """Smallest crop side in pixels of the full image."""
     square: bool = True
     """Square crops; false keeps the aspect of the box."""
+    margin: int = 0
+    """Pixels of the full image added at each edge, after `scale`."""
+    max_upscale: float | None = None
+    """The crop grows until resizing it up to crop_pixels.min_pixels lengthens its sides at most so many times."""
+    max_aspect: float | None = None
+    """With square=false: the shorter side grows until longer / shorter is at most this."""
 
 
 @dataclass
@@ -259,6 +265,8 @@ class EvaluationConfig:
     every_n_steps: int = 0
     """Measure before the first step and every so many steps; 0 never measures."""
     num_samples: int = 256
+    num_traces: int = 4
+    """Responses that the report of the finished run shows token by token, student beside teacher."""
 
 
 @dataclass

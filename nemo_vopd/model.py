@@ -26,7 +26,7 @@ from nemo_vopd.distill.fused import fused_linear_jsd
 from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
-from nemo_vopd.evaluation.gap import load_answered, measure_gap
+from nemo_vopd.evaluation.gap import measure_gap
 from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.checkpoint import Shards
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
@@ -71,7 +71,6 @@ class VisionOPDModel(ModelPT):
         self._loader_position: bytes | None = None
         self._prompts: PromptStream | None = None
         self._in_step = False  # a batch was taken and not trained on
-        self._evaluation_samples: list[Sample] | None = None
 
     def training_step(self, dataloader_iter: Iterator) -> None:
         """One optimizer step on the next prompts: roll out, score twice, pull the student to the teacher."""
@@ -356,16 +355,20 @@ class VisionOPDModel(ModelPT):
         options = self.config.evaluation
         if not options.every_n_steps or options.path is None or step % options.every_n_steps:
             return
-        if self._evaluation_samples is None:
-            self._evaluation_samples = load_answered(
-                options.path, self.config.data, self.processor, options.num_samples, option="evaluation.path"
-            )
         rollout = self.config.rollout
         decoder = Decoder(self.student, self.groups, rollout.max_batch_tokens)
-        gap = measure_gap(decoder, self.processor, self._evaluation_samples, self.groups, rollout.max_response_length)
-        accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
-        self.reporter.write("evaluations", {"step": step, **accuracies})
-        self.control.watch(accuracies)
+        length, limit = rollout.max_response_length, options.num_samples
+        gap = measure_gap(
+            decoder,
+            self.processor,
+            options.path,
+            self.config.data,
+            self.groups,
+            length,
+            limit,
+            option="evaluation.path",
+        )
+        self.control.watch(self.reporter.write_accuracies(step, gap))
         self.timers.pop()  # evaluation is not part of the next step
 
     def configure_optimizers(self):

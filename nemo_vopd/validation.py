@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_vopd.config import Config
+from nemo_vopd.config import Config, CropConfig
 from nemo_vopd.errors import OptionError
 
 AnyT = TypeVar("AnyT")
@@ -77,6 +77,7 @@ def validate(config: Config) -> None:
     _one_of("precision.dtype", config.precision.dtype, ("bf16", "fp32", "auto"))
     _one_of("trainer.recompute", config.trainer.recompute, ("none", "mlp", "layers"))
     _check_fp8(config)
+    check_crop(data.crop, "data.crop")
     _at_least(
         1,
         num_nodes=config.num_nodes,
@@ -86,8 +87,6 @@ def validate(config: Config) -> None:
         data__batch_size=data.batch_size,
         data__max_prompt_length=data.max_prompt_length,
         data__shuffle_buffer_size=data.shuffle_buffer_size,
-        data__crop__scale=data.crop.scale,
-        data__crop__min_side=data.crop.min_side,
         rollout__n=rollout.n,
         rollout__max_response_length=rollout.max_response_length,
         rollout__max_batch_tokens=rollout.max_batch_tokens,
@@ -117,6 +116,7 @@ def validate(config: Config) -> None:
         optimizer__warmup_steps=optimizer.warmup_steps,
         checkpoint__every_n_steps=config.checkpoint.every_n_steps,
         evaluation__every_n_steps=config.evaluation.every_n_steps,
+        evaluation__num_traces=config.evaluation.num_traces,
         optimizer__eps=optimizer.eps,
     )
     for name, view in (("full", data.full), ("crop_pixels", data.crop_pixels)):
@@ -198,6 +198,25 @@ def validate(config: Config) -> None:
         config.parallel.sequence,
         "sequence parallelism splits along a tensor-parallel group, and parallel.tensor=1",
         "set parallel.sequence=false or parallel.tensor=2 or more",
+    )
+
+
+def check_crop(crop: CropConfig, option: str) -> None:
+    """Check the crop policy that stands at `option` (data.crop, in prepare_data.py crop). Raises OptionError."""
+    for name, value, least in (("scale", crop.scale, 1), ("min_side", crop.min_side, 1), ("margin", crop.margin, 0)):
+        remedy = f"set {option}.{name}={least} or more"
+        _require(math.isfinite(value), f"{option}.{name}", value, "must be a finite number", remedy)
+        _require(value >= least, f"{option}.{name}", value, f"must be at least {least}", remedy)
+    for name, limit in (("max_upscale", crop.max_upscale), ("max_aspect", crop.max_aspect)):
+        ok = limit is None or (math.isfinite(limit) and limit >= 1)
+        rule, remedy = "must be at least 1 or null", f"set {option}.{name}=2 or null"
+        _require(ok, f"{option}.{name}", limit, rule, remedy)
+    _require(
+        crop.max_aspect is None or not crop.square,
+        f"{option}.max_aspect",
+        crop.max_aspect,
+        f"has no effect on square crops, and {option}.square=true",
+        f"set {option}.square=false or {option}.max_aspect=null",
     )
 
 

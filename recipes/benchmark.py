@@ -3,6 +3,7 @@
 python recipes/benchmark.py loss output=loss.json
 python recipes/benchmark.py rollout model.hf_path=DIR data.path=DATASET
 python recipes/benchmark.py step model.hf_path=DIR data.path=DATASET
+python recipes/benchmark.py data
 python recipes/benchmark.py gpu output=gpu.json
 """
 
@@ -87,16 +88,28 @@ class GpuBenchmark:
 
 
 @dataclasses.dataclass
+class DataBenchmark:
+    """Sizes of part=data: recipes/prepare_data.py on synthetic JPEG files of about 1 MB."""
+
+    num_images: int = 300
+    larger: int = 4
+    """The memory is also measured on so many times as many records."""
+    workers: int = 2
+    shard_size: int = 50
+
+
+@dataclasses.dataclass
 class BenchmarkConfig(Config):
     """A run's configuration and what to measure on it."""
 
     part: str = "loss"
-    """loss | rollout | step | gpu"""
+    """loss | rollout | step | data | gpu"""
     repeats: int = 3
     """The median of so many measurements is reported."""
     output: str | None = None
     """JSON file for the results; part=gpu writes tables to FILE.md beside it."""
     loss: LossBenchmark = dataclasses.field(default_factory=LossBenchmark)
+    data_files: DataBenchmark = dataclasses.field(default_factory=DataBenchmark)
     sampling: SamplingBenchmark = dataclasses.field(default_factory=SamplingBenchmark)
     gpu: GpuBenchmark = dataclasses.field(default_factory=GpuBenchmark)
 
@@ -107,10 +120,13 @@ ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
 def main(cfg: DictConfig) -> None:
     """Measure, print a table, write the JSON."""
     config = from_hydra(cfg, BenchmarkConfig)
-    if config.part not in ("loss", "rollout", "step", "gpu"):
-        raise OptionError("part", config.part, "must be one of loss, rollout, step, gpu", "say benchmark.py loss")
+    if config.part not in ("loss", "rollout", "step", "data", "gpu"):
+        raise OptionError("part", config.part, "must be one of loss, rollout, step, data, gpu", "say benchmark.py loss")
     if config.part == "gpu":
         _gpu(config)
+        return
+    if config.part == "data":
+        _data(config)
         return
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.runtime import benchmark  # Megatron takes seconds to import: mistakes are told first
@@ -137,6 +153,16 @@ def main(cfg: DictConfig) -> None:
     print(benchmark.table(rows))
     result = {"part": config.part, "threads": torch.get_num_threads(), "rows": rows}
     if config.output is not None:
+        Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _data(config: BenchmarkConfig) -> None:
+    from nemo_vopd.runtime.data_benchmark import measure, table
+
+    rows = measure(**vars(config.data_files), repeats=config.repeats)
+    print(table(rows))
+    if config.output is not None:
+        result = {"part": config.part, **vars(config.data_files), "rows": rows}
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
 
 

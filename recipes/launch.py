@@ -243,7 +243,8 @@ def container_mounts(launch: LaunchConfig, config: Config) -> list[str]:
             continue
         if option in used and not os.path.exists(path):
             raise OptionError(option, value, "is not here and cannot be mounted", "give a path that all nodes see")
-        mounted.append(path)
+        # a blend names the data sets beside it
+        mounted.append(os.path.dirname(path) if path.endswith(".yaml") else path)
     return [f"{path}:{path}" for path in mounted] + [m if ":" in m else f"{m}:{m}" for m in launch.mounts]
 
 

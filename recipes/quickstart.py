@@ -150,6 +150,8 @@ def make_data(config: QuickstartConfig, root: Path) -> None:
     """Four disjoint sets of images below `root`/data, each with its own seed, and a random model in `root`/init."""
     for name in PARTS:
         shutil.rmtree(root / name, ignore_errors=True)
+    for name in ("summary.json", "examples.json"):  # of an earlier run; a report may be made while this one goes on
+        (root / name).unlink(missing_ok=True)
     write_tiny_model(root / "init", seed=config.seed)
     sets = {
         "warmup": (config.warmup.num_samples, 0.0),

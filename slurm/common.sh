@@ -7,7 +7,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO" || exit 2
 SCRIPT=$0
 [ -d "$MODEL" ] && MODEL=$(realpath "$MODEL")
-[ -d "$DATA" ] && DATA=$(realpath "$DATA")
+[ -e "$DATA" ] && DATA=$(realpath "$DATA")
 RESULTS=$(realpath -m "$RESULTS")
 if [ -n "$IMAGE" ]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHON:-$REPO/.venv/bin/python}; fi
 GPU=${GPU:-h100}
@@ -28,7 +28,7 @@ Variables, from the environment or edited on top of the script:
   IMAGE          container image for pyxis: a .sqsh file or registry#name:tag; empty: the bare environment PYTHON [$IMAGE]
   MOUNTS         further mounts of the container, SRC:DST,...; the checkout, MODEL, DATA and RESULTS are mounted [$MOUNTS]
   MODEL          Hugging Face directory (model.hf_path) [$MODEL]
-  DATA           Energon data set that prepare_data.py wrote (data.path) [$DATA]
+  DATA           Energon data set or blend.yaml that prepare_data.py wrote (data.path) [$DATA]
   RESULTS        folder of the run (exp_manager.exp_dir), on a file system that all nodes share [$RESULTS]
   CONFIG         conf/CONFIG.yaml is trained [$CONFIG]
   PYTHON         interpreter of the ranks [$PYTHON]
@@ -93,7 +93,7 @@ check_arithmetic() { # before anything touches a GPU; what the parallel sizes mu
   [ "$DRY" = 1 ] && return
   [ -z "$MODEL" ] || [ -d "$MODEL" ] ||
     refuse "MODEL=$MODEL: is not a directory on $(hostname -s); give the Hugging Face directory of the model"
-  [ -z "$DATA" ] || [ -d "$DATA" ] ||
+  [ -z "$DATA" ] || [ -d "$DATA" ] || [[ $DATA = *.yaml && -f $DATA ]] ||
     refuse "DATA=$DATA: is not a directory on $(hostname -s); give a data set that recipes/prepare_data.py wrote"
 }
 
@@ -110,7 +110,10 @@ step_options() { # step_options NODES TASKS_PER_NODE: srun's options for a step
     --mpi=none --export=ALL --kill-on-bad-exit=1 --wait=300)
   if [ -n "$IMAGE" ]; then
     local paths=$REPO:$REPO,$RESULTS:$RESULTS path
-    for path in "$MODEL" "$DATA"; do [ -z "$path" ] || paths+=,$path:$path; done
+    for path in "$MODEL" "$DATA"; do
+      [ ! -f "$path" ] || path=$(dirname "$path") # a blend names the data sets beside it
+      [ -z "$path" ] || paths+=,$path:$path
+    done
     STEP+=(--container-image="$IMAGE" --container-mounts="$paths${MOUNTS:+,$MOUNTS}" --container-workdir="$REPO"
       --no-container-mount-home)
   fi

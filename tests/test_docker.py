@@ -23,7 +23,7 @@ from tests.helpers import read_lines
 ROOT = Path(__file__).resolve().parents[1]
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
-VERBS = ["train", "plan", "prepare_data", "generate", "evaluate", "convert_checkpoint", "benchmark", "quickstart"]
+VERBS = "train plan prepare_data generate evaluate report convert_checkpoint benchmark quickstart".split()
 
 
 def module(name: str):

@@ -24,7 +24,7 @@ SMALL = {
 def local(command: str, folder: Path, model: Path) -> list[str]:
     """The arguments of a README command with its placeholders replaced."""
     command = command.replace("my/", f"{folder}/").replace("Qwen2.5-VL-7B-Instruct", str(model))
-    command = command.replace("runs/", f"{folder}/runs/").replace("output=gap", f"output={folder}/gap")
+    command = command.replace("runs/", f"{folder}/runs/")
     command = command.replace("photo.jpg", next((folder / "images").iterdir()).relative_to(folder).as_posix())
     # a tiny model has two key-value heads, and this machine two cores
     command = command.replace("--nproc-per-node 8", "--nproc-per-node 2").replace(
@@ -51,11 +51,12 @@ def test_commands_run_in_order(assets, tmp_path):
     write_digits(tmp_path / "digits", num_samples=24, seed=2)
     (tmp_path / "digits").rename(tmp_path / "my")
     commands = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         done = run(*local(command, tmp_path / "my", assets / "tiny-vlm"), NEMO_VOPD_TINY=str(assets))
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-    assert (tmp_path / "my" / "gap.json").exists()
+    assert (tmp_path / "my" / "runs" / "train" / "results" / "gap.json").exists()
+    assert (tmp_path / "my" / "runs" / "train" / "report.html").exists()
 
 
 def test_links_point_at_files():

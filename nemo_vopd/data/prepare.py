@@ -1,247 +1,319 @@
-"""Records with image files to an Energon data set: crude WebDataset shards and their index.
+"""Records with images to an Energon data set: crude WebDataset shards, their index, a manifest and a data card.
 
-A record is stored as `<index>.image` (the file's bytes as they are), optionally `<index>.crop`, and `<index>.json`
-(id, question, bbox, answer). Everything a later view may need is kept; nothing is resized or re-encoded.
+Chunks of the source become shards independently of each other, in a folder beside the output that is continued after
+an interruption; the output appears in the end, whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import tarfile
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+import dataclasses
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from tqdm import tqdm
 
-from nemo_vopd.data.files import whole_directory
-from nemo_vopd.data.records import check_answer, check_id, check_question
-from nemo_vopd.data.views import MAX_IMAGE_PIXELS, UnusableSample, check_box, load_image
-from nemo_vopd.errors import OptionError
-
-_DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  nemo_vopd: 1\n"
-MAX_LINE_BYTES = 16 << 20
-"""Longer lines are dropped without being held in memory: a file that is no JSONL can be one line."""
-MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
-"""Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
+from nemo_vopd.data.blend import write_blend
+from nemo_vopd.data.card import write_card
+from nemo_vopd.data.index import META, load_energon, write_index, write_manifest
+from nemo_vopd.data.intake import RecordOptions
+from nemo_vopd.data.partial import partial_folder
+from nemo_vopd.data.records import BOX_FORMATS
+from nemo_vopd.data.rows import Chunk, Plan, Source
+from nemo_vopd.data.shards import ShardJob, note_is_good, note_path
+from nemo_vopd.data.sources import open_source
+from nemo_vopd.data.statistics import Statistics, gather, total
+from nemo_vopd.data.views import MAX_IMAGE_PIXELS
+from nemo_vopd.data.worker import write_chunks
+from nemo_vopd.errors import OptionError, RunError
 
 
 @dataclass
-class Prepared:
-    """A checked record, ready to be written."""
+class _Part:
+    """One source on its way into the output."""
 
-    id: str
-    question: str
-    image: bytes
-    crop: bytes | None
-    bbox: list[float] | None
-    answer: str | None
+    source: Source
+    name: str
+    """Its folder in the output; "" when it is the only one."""
+    plan: Plan = field(default_factory=Plan)
+    statistics: Statistics = field(default_factory=Statistics)
+    weight: float | None = None
 
 
 def prepare(
-    source: Path,
+    source: Path | Sequence[Path],
     output: Path,
     *,
     shard_size: int = 1000,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
     workers: int = 4,
     overwrite: bool = False,
     progress: bool = True,
+    split: str | None = None,
+    image_root: Path | None = None,
+    weights: Sequence[float] | None = None,
+    crop: dict[str, Any] | None = None,
+    **record_options: Any,
 ) -> dict:
-    """Convert the JSONL file `source` into the Energon data set `output`.
+    """Convert `source` (forms: nemo_vopd/data/sources.py) into the Energon data set `output`.
 
-    Two layouts, record by record: `image, question, bbox or crop_image` (optional `answer, id`), and Vision-OPD-6K's
-    `images, teacher_images, problem` (optional `answer, id, bbox`). Image paths are relative to the folder of
-    `source` and must stay inside. Unusable records are dropped. `shard_size` is in records, `workers` in threads.
+    Unusable records are dropped. `shard_size` is in records of the source, `workers` in processes or, where there is
+    one shard, threads. With validation_fraction `output` holds two data sets, train and validation; several sources
+    become data sets of their own and `blend.yaml`, which mixes them by `weights` (default: their sizes).
+    `record_options` are fields of `RecordOptions`; `crop` is for the data card only. What was interrupted continues
+    when the same arguments are given again, and ends in the same bytes.
 
-    Returns and prints {"kept": int, "dropped": {reason: count}}. Raises OptionError when `source` is missing,
-    `output` exists (unless `overwrite`), a number is out of range, or nothing is left.
+    Returns {"kept": int, "dropped": {reason: count}} and prints it. Raises OptionError when `source` is missing,
+    `output` exists (unless `overwrite`), an option is out of range, or nothing is left; RunError when writing fails.
     """
-    source, output = Path(source), Path(output)
-    _check_options(source, output, shard_size, max_image_pixels, workers, overwrite)
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    try:
-        with whole_directory(output, option="output", replace=overwrite) as temporary:
-            records = _checked_records(source, max_image_pixels, workers, dropped, examples, progress)
-            kept = _write_shards(records, temporary, shard_size)
-            if not kept:
-                reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "it is empty"
-                raise OptionError("source", source, f"no record can be used ({reasons})", "check its format and paths")
-            _write_index(temporary, workers)
-    except FileExistsError:
-        raise OptionError("output", output, "was made by another process meanwhile", "use that one") from None
-    print(f"kept {kept} records in {output}, dropped {sum(dropped.values())}")
-    for reason, count in dropped.most_common():
-        print(f"  dropped {count}: {reason} (first: {examples[reason]})")
-    return {"kept": kept, "dropped": dict(dropped)}
+    sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    output, options = Path(output), RecordOptions(**record_options)
+    check_options(options, sources, weights, shard_size=shard_size, workers=workers)
+    _check_output(output, overwrite)
+    parts = [
+        _Part(open_source(path, split, image_root), name if len(sources) > 1 else "")
+        for path, name in zip(sources, _names(sources), strict=True)
+    ]
+    chosen = _chosen(parts, options, weights, shard_size, split, image_root)
+    with partial_folder(output, chosen, discard=overwrite) as folder:
+        if output.exists() and not overwrite:
+            raise OptionError("output", output, "was made by another process meanwhile", "use that one")
+        try:
+            for part in parts:
+                part.plan = plan_source(part.source, shard_size, options, progress)
+            _write(parts, options, folder, workers, progress)
+            for part in parts:
+                part.statistics = gather(note_path(_notes(folder, part), c.index) for c in part.plan.chunks)
+                _check_kept(part, options)
+            _finish(parts, options, weights, chosen, crop, folder / "result", progress)
+            _publish(folder, output)
+        except OSError as error:
+            why = f"{output} cannot be written ({error.strerror or error})"
+            raise RunError(f"{why}; make room and give the same command again to continue") from None
+    return _report(parts, options, output)
 
 
-def _check_options(source: Path, output: Path, shard_size: int, pixels: int, workers: int, overwrite: bool) -> None:
-    if not source.is_file():
-        raise OptionError("source", source, "is not a file", "give a JSONL file with one record a line")
-    for option, value in (("shard_size", shard_size), ("max_image_pixels", pixels), ("workers", workers)):
+def check_options(
+    options: RecordOptions, sources: Sequence[Path], weights: Sequence[float] | None, *, shard_size: int, workers: int
+) -> None:
+    """Check ranges and choices. Raises OptionError."""
+    if not sources:
+        raise OptionError("source", "[]", "names nothing", "give a file or folder, or a list of them")
+    counts = (("shard_size", shard_size), ("max_image_pixels", options.max_image_pixels), ("workers", workers))
+    for option, value in counts:
         if value < 1:
             raise OptionError(option, value, "must be at least 1", f"set {option}=1 or more")
-    if pixels > MAX_IMAGE_PIXELS:
+    if options.max_image_pixels > MAX_IMAGE_PIXELS:
         rule = f"must be at most {MAX_IMAGE_PIXELS}: larger images are dropped when they are loaded"
-        raise OptionError("max_image_pixels", pixels, rule, "lower it and scale the images down")
+        raise OptionError("max_image_pixels", options.max_image_pixels, rule, "lower it and scale the images down")
+    choices = {"bbox_format": BOX_FORMATS, "hint": ("keep", "remove"), "split_by": ("id", "image")}
+    for option, known in choices.items():
+        value = getattr(options, option)
+        if value not in known:
+            raise OptionError(option, value, f"must be one of {', '.join(known)}", f"set {option}={known[0]}")
+    fraction = options.validation_fraction
+    if not 0 <= fraction < 1:
+        raise OptionError("validation_fraction", fraction, "must lie in [0, 1)", "set it to 0.02")
+    if not options.hint_text:
+        raise OptionError("hint_text", "''", "is empty", "give the sentence, or hint=keep")
+    if weights is not None and len(weights) != len(sources):
+        rule = f"must be one number for each of the {len(sources)} sources"
+        raise OptionError("weights", list(weights), rule, "give as many, or null for the sizes of the sources")
+    if weights is not None and (len(sources) == 1 or not all(0 < weight < float("inf") for weight in weights)):
+        rule = "must be positive numbers, of several sources"
+        raise OptionError("weights", list(weights), rule, "leave out what is not wanted, or set weights=null")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OptionError("output", output, "exists", "choose another directory or set overwrite=true")
-    if output.exists() and not (output / ".nv-meta").is_dir():
+    if output.exists() and not (output / META).is_dir() and not (output / "data_card.json").is_file():
         raise OptionError("output", output, "exists and is no prepared data set", "choose another directory")
 
 
-def _checked_records(
-    source: Path, max_pixels: int, workers: int, dropped: Counter, examples: dict[str, str], progress: bool
-) -> Iterator[Prepared]:
-    """The usable records in order; the others go to `dropped`, with one example for each reason."""
-    root, seen = source.parent.resolve(), set()
-
-    def check(numbered: tuple[int, bytes]) -> tuple[int, Prepared | UnusableSample]:
-        number, line = numbered
-        try:
-            return number, _read(line, root, max_pixels, f"{source.stem}-{number:08d}")
-        except UnusableSample as unusable:
-            return number, unusable
-
-    with (
-        open(source, "rb") as file,
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
-    ):
-        lines = _lines(file)
-        # a window at a time: executor.map would otherwise read every image of the file ahead of the writer
-        while window := list(islice(lines, 16 * workers)):
-            for number, result in pool.map(check, window):
-                if isinstance(result, Prepared) and result.id in seen:
-                    result = UnusableSample("duplicate_id", result.id)
-                if isinstance(result, UnusableSample):
-                    dropped[result.reason] += 1
-                    examples.setdefault(result.reason, f"line {number}: {result.detail or result.reason}"[:200])
-                else:
-                    seen.add(result.id)
-                    yield result
-            bar.update(file.tell() - bar.n)
+def _names(sources: Sequence[Path]) -> list[str]:
+    """A folder name for each source, all different."""
+    names: list[str] = []
+    for path in sources:
+        stem = path.resolve().name if path.is_dir() else path.stem
+        name = base = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "source"
+        number = 1
+        while name in names or name in ("train", "validation"):
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1; of an overlong one, its first MAX_LINE_BYTES + 1 bytes."""
-    pieces = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
-    for number, line in enumerate(pieces, start=1):
-        piece = line
-        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
-            piece = next(pieces, b"")
-        if line.strip() or len(line) > MAX_LINE_BYTES:
-            yield number, line
+def _chosen(
+    parts: list[_Part],
+    options: RecordOptions,
+    weights: Sequence[float] | None,
+    shard_size: int,
+    split: str | None,
+    image_root: Path | None,
+) -> dict[str, object]:
+    """Everything that the output depends on, as JSON values."""
+    files = [file for part in parts for file in part.source.files()]
+    state = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {
+        "source": [str(part.source.path) for part in parts],
+        "files": state,
+        "weights": weights and list(weights),
+        "shard_size": shard_size,
+        "split": split,
+        "image_root": image_root and str(image_root),
+        **dataclasses.asdict(options),
+    }
 
 
-def _read(line: bytes, root: Path, max_pixels: int, default_id: str) -> Prepared:
-    """One checked record. Raises UnusableSample."""
-    if len(line) > MAX_LINE_BYTES:
-        raise UnusableSample("malformed_record", f"the line is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UnusableSample("malformed_record", f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise UnusableSample("malformed_record", "not a JSON object")
-    image_name, crop_name, question = _fields(record)
-    question = check_question(question)
-    sample_id, answer = check_id(record.get("id", default_id)), check_answer(record.get("answer"))
-    if image_name is None:
-        raise UnusableSample("missing_image", "no image is named")
-    image = _read_file(root, image_name, "missing_image")
-    crop = None if crop_name is None else _read_file(root, crop_name, "missing_crop")
-    bbox = record.get("bbox")
-    if bbox is None and crop is None:
-        raise UnusableSample("missing_crop", "neither bbox nor crop image")
-    # decoded in full: a truncated file is found now, not in the middle of a run
-    size = load_image(image, max_pixels).size
-    if bbox is not None:
-        check_box(bbox, size)
-    if crop is not None:
-        load_image(crop, max_pixels)
-    return Prepared(sample_id, question, image, crop, bbox, answer)
+def plan_source(source: Source, chunk_size: int, options: RecordOptions, progress: bool) -> Plan:
+    """The first pass over `source`. Raises OptionError (source, columns.*)."""
+    with tqdm(
+        total=source.total(),
+        unit="B" if source.unit == "line" else "row",
+        unit_scale=True,
+        desc="records",
+        disable=not progress,
+        leave=False,
+    ) as bar:
+        plan = source.plan(chunk_size, options.columns, bar.update)
+    if plan.columns:
+        options.columns.check(source.path, plan.columns)
+    return plan
 
 
-def _fields(record: dict) -> tuple[object, object, object]:
-    """(image path, crop path, question) in either layout."""
-    if "images" not in record:
-        return record.get("image"), record.get("crop_image"), record.get("question")
-    problem = record.get("problem")
-    if isinstance(problem, str):
-        # the layout marks the place of the image in the text; here the chat template decides it
-        problem = problem.replace("<image>\n", "").replace("<image>", "")
-    image = _only_image(record["images"], "missing_image")
-    crops = record.get("teacher_images")
-    return image, None if crops is None else _only_image(crops, "missing_crop"), problem
+def _splits(options: RecordOptions) -> dict[str, str]:
+    """Split -> folder of its data set within that of the source."""
+    return {"train": "train", "validation": "validation"} if options.validation_fraction else {"train": ""}
 
 
-def _only_image(images: object, missing: str) -> object:
-    """The path in a list of one image, given as text or as {"path": ...} or {"image": ...}."""
-    if not isinstance(images, list):
-        raise UnusableSample("malformed_record", "images must be a list")
-    if len(images) != 1:
-        raise UnusableSample(missing if not images else "malformed_record", f"{len(images)} images in place of one")
-    image = images[0].get("path", images[0].get("image")) if isinstance(images[0], dict) else images[0]
-    if image is None:
-        raise UnusableSample(missing, "an image without a path")
-    return image
+def _notes(folder: Path, part: _Part) -> Path:
+    return folder / "notes" / (part.name or "all")
 
 
-def _read_file(root: Path, name: object, missing: str) -> bytes:
-    """Bytes of the file `name` under `root`; links are followed before the check, so none leads outside."""
-    if not isinstance(name, str) or not name:
-        raise UnusableSample("malformed_record", "an image path is not a text")
-    try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise UnusableSample("path_outside_folder", name)
-        if not path.is_file():  # opening a FIFO would wait for ever
-            raise UnusableSample(missing, f"{name}: not a file")
-        size = path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise UnusableSample("image_too_large", f"{name}: {size} bytes, more than {MAX_IMAGE_BYTES}")
-        return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UnusableSample(missing, f"{name}: {type(error).__name__}") from None
-
-
-def _write_shards(records: Iterator[Prepared], folder: Path, shard_size: int) -> int:
-    """Write shard-000000.tar, ...; returns the number of records."""
-    index = 0
-    while shard := list(islice(records, 1)):
-        with tarfile.open(folder / f"shard-{index // shard_size:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            while shard:
-                _add(tar, f"{index:09d}", shard[0])
-                index += 1
-                shard = list(islice(records, 1)) if index % shard_size else []
-    return index
-
-
-def _add(tar: tarfile.TarFile, key: str, record: Prepared) -> None:
-    meta = {"id": record.id, "question": record.question, "bbox": record.bbox, "answer": record.answer}
-    parts = {"image": record.image, "crop": record.crop, "json": json.dumps(meta, ensure_ascii=False).encode()}
-    for name, data in parts.items():
-        if data is not None:
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size, info.mode = len(data), 0o644
-            tar.addfile(info, io.BytesIO(data))
-
-
-def _write_index(folder: Path, workers: int) -> None:
-    """Energon's index of the shards and the file that says how to read them."""
-    shards = sorted(path.name for path in folder.glob("shard-*.tar"))
-    with contextlib.redirect_stdout(io.StringIO()):  # Energon's own progress notes
-        WebdatasetPreparator.prepare_dataset(
-            folder, shards, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=min(workers, len(shards))
+def _write(parts: list[_Part], options: RecordOptions, folder: Path, workers: int, progress: bool) -> None:
+    """Write the shards that are not there yet."""
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run had begun
+    scratch.mkdir()
+    jobs: list[tuple[Source, str, dict[str, Path], Path, Chunk]] = []
+    done = 0
+    for part in parts:
+        folders = {split: folder / "result" / part.name / name for split, name in _splits(options).items()}
+        for path in [*folders.values(), _notes(folder, part)]:
+            path.mkdir(parents=True, exist_ok=True)
+        prefix = f"{part.name}/" if part.name else ""
+        for chunk in part.plan.chunks:
+            if note_is_good(_notes(folder, part), chunk.index, folders):
+                done += chunk.count
+            else:
+                jobs.append((part.source, prefix, folders, _notes(folder, part), chunk))
+    num_records = sum(part.plan.num_records for part in parts)
+    if done:
+        print(f"continues what was interrupted: {done} of {num_records} records are done", flush=True)
+    if not jobs:
+        return
+    # one shard, or one worker: threads of this process do as well as a process that would have to be started
+    processes = min(workers, len(jobs))
+    in_process = processes == 1
+    threads = max(1, workers // processes)
+    if not in_process:
+        threading.Thread(target=load_energon, daemon=True).start()  # this process has nothing else to do meanwhile
+    with tqdm(total=num_records, initial=done, unit="record", desc="prepare", disable=not progress) as bar:
+        work = (
+            (ShardJob(s, options, prefix, to, notes, scratch, threads), chunk) for s, prefix, to, notes, chunk in jobs
         )
-    (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET_YAML)
+        write_chunks(work, processes, bar.update, in_process)
+
+
+def _check_kept(part: _Part, options: RecordOptions) -> None:
+    statistics = part.statistics
+    if not statistics.kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in statistics.dropped.most_common()) or "it is empty"
+        rule = f"no record can be used ({reasons})"
+        raise OptionError("source", part.source.path, rule, "check its format and paths")
+    for split in _splits(options):
+        if not statistics.splits().get(split):
+            rule = f"leaves no record of {part.source.path} for {split}: it has {statistics.kept}"
+            raise OptionError("validation_fraction", options.validation_fraction, rule, "set another, or 0")
+
+
+def _finish(
+    parts: list[_Part],
+    options: RecordOptions,
+    weights: Sequence[float] | None,
+    chosen: dict[str, object],
+    crop: dict[str, Any] | None,
+    result: Path,
+    progress: bool,
+) -> None:
+    """Indexes, manifests, blends and the card of all shards in `result`."""
+    data_sets: list[str] = []
+    for number, part in enumerate(parts):
+        for split, name in _splits(options).items():
+            folder = result / part.name / name
+            write_index(folder, progress=progress)
+            write_manifest(folder, part.statistics.shards[split], str(part.source.path))
+            data_sets.append(folder.relative_to(result).as_posix())
+        if len(parts) > 1:
+            part.weight = float(weights[number] if weights else part.statistics.splits()["train"])
+    if len(parts) > 1:
+        for split, name in _splits(options).items():
+            entries = [(f"{part.name}/{name}".rstrip("/"), part.weight or 1.0) for part in parts]
+            write_blend(result / ("blend.yaml" if split == "train" else f"{split}.yaml"), entries)
+    whole = total([part.statistics for part in parts])
+    sources = [
+        {
+            "path": str(part.source.path),
+            "layout": part.source.layout,
+            "kept": part.statistics.kept,
+            "dropped": sum(part.statistics.dropped.values()),
+            "weight": part.weight,
+        }
+        for part in parts
+    ]
+    told = {name: value for name, value in chosen.items() if name not in ("source", "files", "weights")}
+    copies = list(_splits(options).values()) if len(parts) == 1 and options.validation_fraction else []
+    write_card(result, whole, sources, data_sets, told, crop or {}, copies)
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Give the finished result its name; what has it goes away with `folder`."""
+    if output.exists():
+        shutil.rmtree(folder / "replaced", ignore_errors=True)
+        os.rename(output, folder / "replaced")
+    os.rename(folder / "result", output)
+
+
+def _report(parts: list[_Part], options: RecordOptions, output: Path) -> dict:
+    whole = total([part.statistics for part in parts])
+    dropped = dict(whole.dropped.most_common())
+    print(f"kept {whole.kept} records in {output}, dropped {sum(dropped.values())}")
+    for reason, count in dropped.items():
+        print(f"  dropped {count}: {reason} (first: {whole.examples[reason]})")
+    for part in parts if len(parts) > 1 else ():
+        rest = sum(part.statistics.dropped.values())
+        print(f"  {part.source.path}: kept {part.statistics.kept}, dropped {rest}, weight {part.weight:g}")
+    if options.validation_fraction:
+        print("  " + ", ".join(f"{name}: {count} records" for name, count in whole.splits().items()))
+    if whole.with_hint:
+        what = "kept; hint=remove takes it out" if options.hint == "keep" else "taken out; hint=keep leaves it"
+        print(f'  {whole.with_hint} questions carry the hint "{options.hint_text}" ({what})')
+    if whole.with_box and whole.largest_coordinate <= 1 and options.bbox_format == "xyxy":
+        print("  every box lies within the first pixel: if they are fractions, set bbox_format=xyxy_unit")
+    return {"kept": whole.kept, "dropped": dropped}
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """End the process in order on Ctrl-C, with one line on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; give the same command again to continue") from None

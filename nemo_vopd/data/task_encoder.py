@@ -34,6 +34,7 @@ from PIL import Image
 
 from nemo_vopd.batch import DroppedSample, PromptBatch, Sample, View
 from nemo_vopd.config import DataConfig
+from nemo_vopd.data.blend import is_blend, read_blend
 from nemo_vopd.data.loader_state import ByValuePickler
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.records import check_answer, check_id, check_question
@@ -90,7 +91,7 @@ class SampleEncoder:
         """The Sample of `record`, or why it cannot be used."""
         sample_id = record.__key__
         try:
-            meta = _parse(record.meta)
+            meta = parse_meta(record.meta)
             sample_id = check_id(meta.get("id", sample_id))
             if record.image is None:
                 raise UnusableSample("missing_image")
@@ -112,20 +113,12 @@ class SampleEncoder:
         elif self.teacher_view == "boxed":
             teacher = self._view([draw_box(stored, _required(bbox))], question, [data.full])
         else:
-            evidence = load_image(crop) if crop is not None else self._cut(stored, bbox)
+            evidence = load_image(crop) if crop is not None else cut_crop(stored, bbox, data)
             if self.teacher_view == "crop":
                 teacher = self._view([evidence], question, [data.crop_pixels])
             else:
                 teacher = self._view([full, evidence], question, [data.full, data.crop_pixels])
         return Sample(sample_id, student, teacher, question, check_answer(meta.get("answer")))
-
-    def _cut(self, image: Image.Image, bbox: object) -> Image.Image:
-        if bbox is None:
-            raise UnusableSample("missing_crop", "neither bbox nor crop image")
-        crop = self.data.crop
-        box = crop_box(bbox, image.size, scale=crop.scale, min_side=crop.min_side, square=crop.square)
-        check_sides(box[2] - box[0], box[3] - box[1])
-        return image.crop(box)
 
     def _view(self, images: list[Image.Image], question: str, pixels: list) -> View:
         view = self.processor.view(images, question, pixels)
@@ -135,13 +128,23 @@ class SampleEncoder:
         return view
 
 
+def cut_crop(image: Image.Image, bbox: object, data: DataConfig) -> Image.Image:
+    """The evidence-centred crop of `image` around `bbox`, by `data.crop`. Raises UnusableSample."""
+    if bbox is None:
+        raise UnusableSample("missing_crop", "neither bbox nor crop image")
+    box = crop_box(bbox, image.size, **vars(data.crop), min_pixels=data.crop_pixels.min_pixels)
+    check_sides(box[2] - box[0], box[3] - box[1])
+    return image.crop(box)
+
+
 def _required(bbox: object) -> object:
     if bbox is None:
         raise UnusableSample("missing_box", "the view shows the evidence box, and the record has none")
     return bbox
 
 
-def _parse(data: bytes | None) -> dict:
+def parse_meta(data: bytes | None) -> dict:
+    """The stored json of a record (id, question, bbox, answer), its fields unchecked. Raises UnusableSample."""
     try:
         meta = json.loads(data or b"null")
     except (ValueError, RecursionError) as error:
@@ -149,6 +152,18 @@ def _parse(data: bytes | None) -> dict:
     if not isinstance(meta, dict):
         raise UnusableSample("malformed_record", "the stored json is no object")
     return meta
+
+
+class _RawTaskEncoder(TaskEncoder):
+    """Records as they are stored."""
+
+    decoder = None
+    cookers = [Cooker(_cook)]
+
+    @stateless
+    def encode_sample(self, sample: RawRecord) -> RawRecord:
+        """The record itself."""
+        return sample
 
 
 class VisionOPDTaskEncoder(TaskEncoder):
@@ -185,7 +200,8 @@ def build_train_loader(
     on every rank. `iter(loader).close()` before dropping a loader ends its workers at once; left to the garbage
     collector they take 5 s each.
 
-    Raises OptionError when `data.path` is no Energon data set, the batch does not divide, or workers outnumber records.
+    Raises OptionError when `data.path` is neither an Energon data set nor a blend (*.yaml) of some, the batch does not
+    divide, or workers outnumber records.
     """
     if data.batch_size % dp_size:
         raise OptionError(
@@ -195,10 +211,12 @@ def build_train_loader(
             f"set it to a multiple of {dp_size}",
         )
     path = require_dataset(data.path)
-    num_records = sum(_shard_counts(path).values())
-    if data.num_workers > num_records:
-        rule = f"must not exceed the {num_records} records of {data.path}: each worker reads its own share"
-        raise OptionError("data.num_workers", data.num_workers, rule, f"set it to {num_records} or less")
+    for part in _parts(path):
+        # of a blend, a worker without records of one part would draw the others instead of it
+        num_records = sum(_shard_counts(part).values())
+        if data.num_workers > num_records:
+            rule = f"must not exceed the {num_records} records of {part}: each worker reads its own share"
+            raise OptionError("data.num_workers", data.num_workers, rule, f"set it to {num_records} or less")
     dataset = get_train_dataset(
         path,
         worker_config=_worker_config(data.num_workers, seed),
@@ -210,24 +228,43 @@ def build_train_loader(
     return get_savable_loader(dataset)
 
 
-def iterate_samples(
-    path: str | Path, data: DataConfig, teacher_view: str, processor: Processor, limit: int | None = None
-) -> Iterator[Sample | DroppedSample]:
-    """The first `limit` records (default: all) of the Energon data set `path` in stored order, for evaluation.
+def iterate_records(path: str | Path, limit: int | None = None) -> Iterator[RawRecord]:
+    """The first `limit` records (default: all) of the Energon data set `path` in stored order, undecoded.
 
-    Views follow `data` and `teacher_view`; `data.path` is not used. Raises OptionError (data.path) at the first
-    item when `path` is no Energon data set.
+    Of a blend, one data set after the other, each record once whatever the weights.
+    Raises OptionError (data.path) at the first item when `path` is no Energon data set.
     """
-    dataset = get_val_dataset(
-        require_dataset(path),
-        split_part="train",  # prepare.py writes one split
-        worker_config=_worker_config(num_workers=0, seed=0),
-        batch_size=1,
-        task_encoder=VisionOPDTaskEncoder(SampleEncoder(data, teacher_view, processor)),
-    )
-    # no forced garbage collection: Energon's every ten batches is every ten records here, and takes longer than they do
-    for batch in islice(get_savable_loader(dataset, gc_collect_every_n_steps=0), limit):
-        yield from [*batch.samples, *batch.dropped]
+    for part in _parts(require_dataset(path)):
+        dataset = get_val_dataset(
+            part,
+            split_part="train",  # an Energon split, of which prepare.py writes one
+            worker_config=_worker_config(num_workers=0, seed=0),
+            batch_size=None,  # type: ignore[arg-type]
+            task_encoder=_RawTaskEncoder(),
+        )
+        # no forced garbage collection: Energon's every ten batches is every ten records here, and takes longer than
+        # they do
+        for record in islice(get_savable_loader(dataset, gc_collect_every_n_steps=0), limit):
+            yield record
+            limit = None if limit is None else limit - 1
+
+
+def iterate_samples(
+    path: str | Path,
+    data: DataConfig,
+    teacher_view: str,
+    processor: Processor,
+    limit: int | None = None,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Sample | DroppedSample]:
+    """Every `dp_size`-th of the first `limit` records (default: all) of `path`, from `dp_rank` on, for evaluation.
+
+    Views follow `data` and `teacher_view`; `data.path` is not used. Raises OptionError as `iterate_records` does.
+    """
+    encode = SampleEncoder(data, teacher_view, processor)
+    yield from map(encode, islice(iterate_records(path, limit), dp_rank, None, dp_size))
 
 
 def _worker_config(num_workers: int, seed: int) -> WorkerConfig:
@@ -243,22 +280,47 @@ def _worker_config(num_workers: int, seed: int) -> WorkerConfig:
 
 
 def require_dataset(path: str | Path, option: str = "data.path") -> Path:
-    """`path`, if it is an Energon data set with all of its shards; else OptionError naming `option`."""
-    folder = Path(path)
+    """`path`, if it is an Energon data set with all of its shards, or a blend (*.yaml) of such ones.
+
+    Raises OptionError naming `option`.
+    """
+    if is_blend(path):
+        for part, _ in read_blend(path, option):
+            _require_folder(part, option)
+        return Path(path)
+    return _require_folder(Path(path), option)
+
+
+def _require_folder(folder: Path, option: str) -> Path:
     remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
     if not (folder / ".nv-meta" / "dataset.yaml").is_file() or not (folder / ".nv-meta" / ".info.json").is_file():
-        raise OptionError(option, path, "is not an Energon data set (no .nv-meta)", remedy)
+        rule, inside = "is not an Energon data set (no .nv-meta)", [folder / "blend.yaml", folder / "train"]
+        for place in inside:
+            if place.exists():  # what prepare_data.py makes of several sources, or with validation_fraction
+                raise OptionError(option, folder, rule, f"give {option}={place}")
+        raise OptionError(option, folder, rule, remedy)
     try:
         missing = [name for name in _shard_counts(folder) if not (folder / name).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise OptionError(option, path, "is damaged (.nv-meta/.info.json)", remedy) from None
+        raise OptionError(option, folder, "is damaged (.nv-meta/.info.json)", remedy) from None
     if missing:
-        raise OptionError(option, path, f"lacks {missing[0]} ({len(missing)} shards in all)", "copy it again in full")
+        raise OptionError(option, folder, f"lacks {missing[0]} ({len(missing)} shards in all)", "copy it again in full")
     return folder
 
 
+def _parts(path: Path) -> list[Path]:
+    """The data sets of a blend, or the data set itself."""
+    return [part for part, _ in read_blend(path)] if is_blend(path) else [path]
+
+
 def fingerprint(path: str | Path) -> str:
-    """What tells the Energon data set `path` from others and is the same for its copies: its shards and their sizes."""
+    """What tells the data set (or blend) `path` from others and is the same for its copies.
+
+    Shards and their sizes; of a blend, those of its parts and their weights.
+    """
+    if is_blend(path):
+        parts = [[fingerprint(part), weight] for part, weight in read_blend(path)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     index = (Path(path) / ".nv-meta" / ".info.json").read_bytes()
     shards = json.loads(index)["shard_counts"]
     sizes = {name: (Path(path) / name).stat().st_size for name in shards}

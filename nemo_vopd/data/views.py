@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
@@ -39,6 +40,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 _MAX_DETAIL = 300
 
 Box = tuple[float, float, float, float]
+ResultT = TypeVar("ResultT")
 
 
 class UnusableSample(Exception):
@@ -85,23 +87,54 @@ def _finite(value: float) -> bool:
 
 
 def crop_box(
-    bbox: object, image_size: tuple[int, int], *, scale: float, min_side: int, square: bool
+    bbox: object,
+    image_size: tuple[int, int],
+    *,
+    scale: float,
+    min_side: int,
+    square: bool,
+    margin: int = 0,
+    max_upscale: float | None = None,
+    max_aspect: float | None = None,
+    min_pixels: int = 0,
 ) -> tuple[int, int, int, int]:
     """The evidence-centred crop (x1, y1, x2, y2), whole pixels, inside the image and around the whole box.
 
     `square`: the side is `scale` times the longer side of the box; else each side is `scale` times that of the
-    box. Sides are at least `min_side` and at most those of the image; a crop that would leave the image is
-    shifted inside. Raises UnusableSample as `check_box` does.
+    box. `margin` pixels are added at each edge, and the sides are at least `min_side`. `max_upscale`: the window
+    grows until resizing it up to `min_pixels` pixels makes its sides at most so many times longer; `max_aspect`
+    (not with `square`): its shorter side grows until longer / shorter is at most that. Both as far as the image
+    allows: sides are at most those of the image, and a crop that would leave it is shifted inside.
+
+    Raises UnusableSample as `check_box` does.
     """
     x1, y1, x2, y2 = check_box(bbox, image_size)
     # at least the whole pixels the box touches: with fractional boxes that can be one more than its side
-    width = max(round(scale * (x2 - x1)), math.ceil(x2) - math.floor(x1), min_side)
-    height = max(round(scale * (y2 - y1)), math.ceil(y2) - math.floor(y1), min_side)
+    width = max(round(scale * (x2 - x1)) + 2 * margin, math.ceil(x2) - math.floor(x1), min_side)
+    height = max(round(scale * (y2 - y1)) + 2 * margin, math.ceil(y2) - math.floor(y1), min_side)
     if square:
         width = height = max(width, height)
+    if max_upscale is not None:
+        width, height = _grow(width, height, min_pixels / max_upscale**2, image_size)
+    if max_aspect is not None and not square:
+        width, height = min(width, image_size[0]), min(height, image_size[1])
+        width, height = max(width, math.ceil(height / max_aspect)), max(height, math.ceil(width / max_aspect))
     left, right = _place(x1, x2, width, image_size[0])
     top, bottom = _place(y1, y2, height, image_size[1])
     return left, top, right, bottom
+
+
+def _grow(width: int, height: int, area: float, limit: tuple[int, int]) -> tuple[int, int]:
+    """Both sides longer by one factor until they enclose `area` pixels; where the image ends, one side alone."""
+    if width * height >= area:
+        return width, height
+    factor = math.sqrt(area / (width * height))
+    width, height = math.ceil(width * factor), math.ceil(height * factor)
+    if width > limit[0]:
+        height = max(height, math.ceil(area / limit[0]))
+    elif height > limit[1]:
+        width = max(width, math.ceil(area / limit[1]))
+    return width, height
 
 
 def _place(low: float, high: float, side: int, limit: int) -> tuple[int, int]:
@@ -139,16 +172,37 @@ def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     EXIF rotation is not applied, as boxes refer to the stored pixels. Raises UnusableSample: image_too_large (more
     than `max_pixels`) and image_too_small, known from the header before anything is decoded, or unreadable_image.
     """
+    return _decode(data, max_pixels, _as_rgb)
+
+
+def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Width and height of an image that `load_image` takes; it is decoded in full. Raises UnusableSample alike."""
+    return _decode(data, max_pixels, _decoded_size)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey, to which Pillow's conversion does no justice: all above 255 becomes white
+        return image.convert("I").point(lambda value: value / 256).convert("RGB")
+    return image.convert("RGB")
+
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    if image.mode == "RGB":
+        image.load()  # the copy that a conversion makes would be thrown away
+        return image.size
+    return _as_rgb(image).size
+
+
+def _decode(data: bytes, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
+    """What `use` makes of the opened image, which it decodes."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UnusableSample("image_too_large", f"{width}x{height} has more than {max_pixels} pixels")
             check_sides(width, height)
-            if image.mode.startswith("I"):
-                # 16-bit grey, to which Pillow's conversion does no justice: all above 255 becomes white
-                return image.convert("I").point(lambda value: value / 256).convert("RGB")
-            return image.convert("RGB")
+            return use(image)
     except UnusableSample:
         raise
     except Image.DecompressionBombError as error:

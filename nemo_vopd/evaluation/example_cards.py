@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from dataclasses import dataclass
 from html import escape
 
-from PIL import Image
-
+from nemo_vopd.evaluation.examples_file import Answer, Box, Example, Picture, TokenTrace
 from nemo_vopd.evaluation.svg import as_float, format_number, format_percent
 
-MAX_IMAGE_SIDE = 640
-"""Larger images are shrunk before they are embedded: the page shows none of them wider."""
 LN2 = math.log(2)
 
 
-@dataclass
-class Example:
-    """One question with both views, and the model's answers before and after training."""
-
-    image: Image.Image
-    bbox: tuple[float, float, float, float]
-    """The evidence in pixels of `image`: left, top, right, bottom."""
-    crop: Image.Image
-    question: str
-    answer: str
-    full_before: str
-    full_after: str
-    crop_before: str
-    crop_after: str
+def legend(entries: list[tuple[str, str]] | None, other: str = "") -> str:
+    """Names and CSS colours of what a chart shows; `other` names the run whose curves are dashed."""
+    names = [f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries or []]
+    if other:
+        names.append(f'<span><i class="dashed"></i>{escape(other)}</span>')
+    return f'<div class="legend">{"".join(names)}</div>'
 
 
-@dataclass
-class TokenTrace:
-    """One response of the student, and what both policies gave each of its T tokens."""
-
-    image: Image.Image
-    crop: Image.Image
-    question: str
-    tokens: list[str]
-    student_log_probs: list[float]
-    """[T] log-probability of the sampled token, nats; the full view."""
-    teacher_log_probs: list[float]
-    """[T] the same; the crop view."""
-    divergence: list[float]
-    """[T] generalised Jensen-Shannon divergence, 0 to ln 2."""
-    student_top: list[list[tuple[str, float]]]
-    """[T] the most probable tokens and their probabilities."""
-    teacher_top: list[list[tuple[str, float]]]
-
-
-def legend(entries: list[tuple[str, str]]) -> str:
-    """Names and CSS colours of what a chart shows."""
-    return (
-        '<div class="legend">'
-        + "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries)
-        + "</div>"
-    )
-
-
-def _image(image: Image.Image, alt: str, bbox: tuple[float, float, float, float] | None = None) -> str:
-    """The image as a data URI, with the evidence box drawn over it in the image's own pixel coordinates."""
-    width, height = image.size
-    shown = image if image.mode in ("RGB", "L") else image.convert("RGB")
-    if max(shown.size) > MAX_IMAGE_SIDE:
-        shown = shown.copy()
-        shown.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    buffer = io.BytesIO()
-    shown.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+def _image(picture: Picture, alt: str, bbox: Box | None = None) -> str:
+    """The picture with the evidence box drawn over it in the image's own pixel coordinates."""
+    width, height = picture.width, picture.height
     overlay = ""
     if bbox is not None and all(math.isfinite(as_float(edge)) for edge in bbox):
         left, top, right, bottom = bbox
@@ -82,49 +33,61 @@ def _image(image: Image.Image, alt: str, bbox: tuple[float, float, float, float]
     # Tiny synthetic images are shown pixel by pixel; photographs are left to the browser's filter.
     small = ' class="small"' if max(width, height) <= 256 else ""
     return (
-        f'<div class="shot"><img{small} src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'<div class="shot"><img{small} src="{escape(picture.uri)}" width="{width}" height="{height}" '
         f'alt="{escape(alt)}">{overlay}</div>'
     )
 
 
-def _views(image: Image.Image, crop: Image.Image, bbox: tuple[float, float, float, float] | None = None) -> str:
+def _views(image: Picture | None, crop: Picture | None, bbox: Box | None = None) -> str:
+    figures = []
+    if image is not None:
+        figures.append(f"<figure>{_image(image, 'Full image', bbox)}<figcaption>Full view</figcaption></figure>")
+    if crop is not None:
+        name = "Crop around the evidence"
+        figures.append(f"<figure>{_image(crop, name)}<figcaption>Crop view</figcaption></figure>")
+    return f'<div class="shots">{"".join(figures)}</div>' if figures else ""
+
+
+def _answer(given: Answer | None) -> str:
+    if given is None:
+        return '<td class="note">not asked</td>'
+    text = f"<span>{escape(given.text.strip()) or '(empty)'}</span>"
+    if given.right is None:
+        return f'<td><span class="mark">{text}</span></td>'
+    name, stroke = ("right", "M2 8.5L6.2 13L14 3.5") if given.right else ("wrong", "M3 3L13 13M13 3L3 13")
     return (
-        f'<div class="shots"><figure>{_image(image, "Full image", bbox)}<figcaption>Full view</figcaption></figure>'
-        f"<figure>{_image(crop, 'Crop around the evidence')}<figcaption>Crop view</figcaption></figure></div>"
+        f'<td><span class="mark {name}"><svg viewBox="0 0 16 16" aria-hidden="true"><path d="{stroke}"/></svg>'
+        f'<span class="hidden">{name}:</span>{text}</span></td>'
     )
 
 
-def _normalised(answer: str) -> str:
-    return answer.strip().rstrip(".!").casefold()
-
-
-def _answer(given: str, answer: str) -> str:
-    right = _normalised(given) == _normalised(answer)
-    name, stroke = ("right", "M2 8.5L6.2 13L14 3.5") if right else ("wrong", "M3 3L13 13M13 3L3 13")
+def _card(example: Example) -> str:
+    moments = {
+        "Before": (example.full_before, example.crop_before),
+        "After": (example.full_after, example.crop_after),
+    }
+    moments = {name: pair for name, pair in moments.items() if pair != (None, None)}
+    rows = "".join(
+        f'<tr><th scope="row">{view}</th>' + "".join(_answer(pair[i]) for pair in moments.values()) + "</tr>"
+        for i, view in enumerate(("Full view", "Crop view"))
+    )
+    heads = "".join(f"<th>{name}</th>" for name in moments)
+    table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>" if moments else ""
+    answer = f"<p>Answer: <b>{escape(example.answer)}</b></p>" if example.answer is not None else ""
     return (
-        f'<td><span class="mark {name}"><svg viewBox="0 0 16 16" aria-hidden="true"><path d="{stroke}"/></svg>'
-        f'<span class="hidden">{name}:</span><span>{escape(given.strip()) or "(empty)"}</span></span></td>'
+        f'<article class="card">{_views(example.image, example.crop, example.bbox)}'
+        f'<p class="question">{escape(example.question)}</p>{answer}{table}</article>'
     )
 
 
 def examples_section(examples: list[Example]) -> str:
-    """A grid of questions with both views and the answers before and after."""
+    """A grid of questions with both views and the answers before and after; empty without examples."""
     if not examples:
-        return '<p class="note">No examples were kept.</p>'
-    cards = "".join(
-        f'<article class="card">{_views(example.image, example.crop, example.bbox)}'
-        f'<p class="question">{escape(example.question)}</p><p>Answer: <b>{escape(example.answer)}</b></p>'
-        "<table><thead><tr><th></th><th>Before</th><th>After</th></tr></thead><tbody>"
-        f'<tr><th scope="row">Full view</th>{_answer(example.full_before, example.answer)}'
-        f"{_answer(example.full_after, example.answer)}</tr>"
-        f'<tr><th scope="row">Crop view</th>{_answer(example.crop_before, example.answer)}'
-        f"{_answer(example.crop_after, example.answer)}</tr></tbody></table></article>"
-        for example in examples
-    )
+        return ""
     return (
         '<p class="note">The box marks the evidence; this page draws it, for the reader. A tick '
-        "means the same answer up to case and a final full stop; a cross means another one.</p>"
-        f'<div class="examples">{cards}</div>'
+        "means an answer that counts as right, a cross one that counts as wrong.</p>"
+        f'<div class="examples">{"".join(map(_card, examples))}</div>'
     )
 
 
@@ -196,14 +159,17 @@ def _trace(number: int, trace: TokenTrace) -> str:
     )
 
 
-def tokens_section(traces: list[TokenTrace]) -> str:
-    """The token viewer: chips tinted by divergence, and what both policies thought at the chosen one."""
+def tokens_section(traces: list[TokenTrace], note: str) -> str:
+    """The token viewer: chips tinted by divergence, and what both policies thought at the chosen one.
+
+    Empty without traces; `note` says which models they are of.
+    """
     if not traces:
-        return '<p class="note">No token traces were kept.</p>'
+        return f'<p class="note">{escape(note)}</p>' if note else ""
     scale = "".join(f"<li>{label}</li>" for label in ("0", "0.04", "0.17", "0.39", "ln 2"))
     policies = [("student", "var(--full)"), ("teacher", "var(--crop)")]
     return (
-        "<p class='note'>Responses that the student sampled from the full image. The stronger the colour of a "
+        f"<p class='note'>{escape(note)} The stronger the colour of a "
         "token, the more the teacher disagrees there. Point at a token, or focus one and use the arrow keys, to see "
         f"what both would have written.</p>{legend(policies)}"
         '<div class="scale"><div></div>'

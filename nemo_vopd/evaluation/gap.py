@@ -1,7 +1,8 @@
-"""The regional-to-global gap: greedy accuracy on the crop view less that on the full view."""
+"""The regional-to-global gap: greedy accuracy on the crop view less that on the full view, while training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -12,10 +13,14 @@ from nemo_vopd.config import Config, DataConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import iterate_samples, require_dataset
 from nemo_vopd.errors import OptionError
-from nemo_vopd.evaluation.scoring import exact_match
+from nemo_vopd.evaluation.questions import classify
+from nemo_vopd.evaluation.scoring import grade
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.megatron import Decoder
 from nemo_vopd.vlm import build_vlm
+
+_MAX_BYTES = 1 << 30
+"""Of the images that a rank holds at a time, both views together: some forty samples of a million pixels."""
 
 
 @dataclass
@@ -46,58 +51,85 @@ class Gap:
 def measure_gap(
     decoder: Decoder,
     processor: Processor,
-    samples: list[Sample],
+    path: str,
+    data: DataConfig,
     groups: ProcessGroupCollection,
     max_response_length: int,
+    limit: int | None = None,
+    *,
+    option: str = "data.path",
 ) -> Gap:
-    """Answer every sample greedily from its student view (full) and its teacher view (crop).
+    """Answer the first `limit` usable samples of the Energon data set `path` from the full and the crop view.
 
-    Samples are shared out over data-parallel ranks; every rank returns the whole result. They need an answer, see
-    `load_answered`.
+    Data-parallel ranks share the samples, a few in memory at a time; every rank returns the whole result, in stored
+    order. Raises OptionError, naming `option`, on every rank when there is no sample or one has no answer.
     """
-    dp = groups.dp_cp
-    params = SamplingParams(
+    require_dataset(path, option)
+    group = groups.dp_cp
+    params = greedy(processor, max_response_length)
+    # the place of a sample among all records keeps the order of the data set whatever the number of ranks
+    stream = iterate_samples(path, data, "crop", processor, limit, dp_rank=group.rank(), dp_size=group.size())
+    mine: list[tuple[int, Reply | str]] = []
+    samples = ((place, item) for place, item in enumerate(stream) if isinstance(item, Sample))
+    for some in _batches(samples):
+        replies = _answer(decoder, processor, [sample for _, sample in some], params)
+        places = [place * group.size() + group.rank() for place, _ in some]
+        mine += zip(places, replies, strict=True)
+    gathered: list = [None] * group.size()
+    dist.all_gather_object(gathered, mine, group=group)
+    replies = [reply for _, reply in sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])]
+    remedy = "evaluate on a data set with answers"
+    if not replies:
+        raise OptionError(option, path, "holds no usable sample", remedy)
+    for reply in replies:
+        if isinstance(reply, str):
+            raise OptionError(option, path, f"has no answer to compare with in sample {reply}", remedy)
+    num = len(replies)
+    return Gap(sum(r.full_correct for r in replies) / num, sum(r.crop_correct for r in replies) / num, replies)
+
+
+def _batches(samples: Iterator[tuple[int, Sample]]) -> Iterator[list[tuple[int, Sample]]]:
+    batch, num_bytes = [], 0
+    for place, sample in samples:
+        batch.append((place, sample))
+        num_bytes += sample.student.pixel_values.nbytes + sample.teacher.pixel_values.nbytes
+        if num_bytes > _MAX_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def greedy(processor: Processor, max_response_length: int) -> SamplingParams:
+    """One most likely response of at most so many tokens."""
+    return SamplingParams(
         temperature=0.0,
         max_response_length=max_response_length,
         end_token_ids=tuple(processor.end_token_ids),
         forbidden_token_ids=tuple(processor.forbidden_token_ids),
     )
-    mine = samples[dp.rank() :: dp.size()]
+
+
+def _answer(
+    decoder: Decoder, processor: Processor, samples: list[Sample], params: SamplingParams
+) -> Iterator[Reply | str]:
+    """The reply to each sample; the id of one without an answer."""
     texts = []
-    for views in ([s.student for s in mine], [s.teacher for s in mine]):
-        responses = decoder(views, [s.id for s in mine], params) if mine else []
+    for views in ([s.student for s in samples], [s.teacher for s in samples]):
+        responses = decoder(views, [s.id for s in samples], params)
         texts.append([processor.decode(answers[0][0]) for answers in responses])
-    replies = []
-    for sample, full, crop in zip(mine, *texts, strict=True):
-        assert sample.answer is not None, f"sample {sample.id} has no answer to compare with"
-        right = exact_match(full, sample.answer), exact_match(crop, sample.answer)
-        replies.append(Reply(sample.id, full, crop, *right))
-    gathered: list = [None] * dp.size()
-    dist.all_gather_object(gathered, replies, group=dp)
-    replies = [reply for part in gathered for reply in part]
-    num = max(1, len(replies))
-    return Gap(sum(r.full_correct for r in replies) / num, sum(r.crop_correct for r in replies) / num, replies)
+    for sample, full, crop in zip(samples, *texts, strict=True):
+        if sample.answer is None:
+            yield sample.id
+            continue
+        kind, answer, options = classify(sample.question, sample.answer)
+        right = [bool(grade(text, answer, kind, options)) for text in (full, crop)]
+        yield Reply(sample.id, full, crop, *right)
 
 
 def evaluate_directory(config: Config, groups: ProcessGroupCollection, limit: int | None = None) -> Gap:
     """`measure_gap` of the model in `config.model.hf_path` on the first `limit` samples of `config.data.path`."""
     processor = Processor.from_pretrained(config.model.hf_path)
-    samples = load_answered(config.data.path, config.data, processor, limit, option="data.path")
     decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
-    return measure_gap(decoder, processor, samples, groups, config.rollout.max_response_length)
-
-
-def load_answered(path: str, data: DataConfig, processor: Processor, limit: int | None, *, option: str) -> list[Sample]:
-    """The first `limit` usable samples of the Energon data set `path`, full image beside crop.
-
-    Raises OptionError, naming `option`, when there is none or one has no answer.
-    """
-    require_dataset(path, option)
-    samples = [item for item in iterate_samples(path, data, "crop", processor, limit) if isinstance(item, Sample)]
-    remedy = "evaluate on a data set with answers"
-    if not samples:
-        raise OptionError(option, path, "holds no usable sample", remedy)
-    without = next((sample.id for sample in samples if sample.answer is None), None)
-    if without is not None:
-        raise OptionError(option, path, f"has no answer to compare with in sample {without}", remedy)
-    return samples
+    length = config.rollout.max_response_length
+    return measure_gap(decoder, processor, config.data.path, config.data, groups, length, limit)

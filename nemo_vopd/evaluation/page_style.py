@@ -4,8 +4,8 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --bg: #faf9f7; --card: #ffffff; --ink: #1c2128; --muted: #59626e; --line: #e0ded9;
-  --full: #0b67a8; --crop: #c65d00; --good: #00755a; --bad: #a3245e; --heat: #b08ee8;
-  --c0: #0b67a8; --c1: #c65d00; --c2: #00866a; --c3: #8a6bbf; --c4: #b08a14; --c5: #7b8794;
+  --full: #0b67a8; --crop: #b65500; --good: #00755a; --bad: #a3245e; --heat: #b08ee8;
+  --c0: #0b67a8; --c1: #b65500; --c2: #00866a; --c3: #8a6bbf; --c4: #b08a14; --c5: #7b8794;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -46,6 +46,13 @@ figure { margin: 0; }
 .panel-head span { color: var(--muted); font-size: 13px; white-space: nowrap; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; color: var(--muted); margin-top: 4px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
+.legend .dashed { height: 0; width: 18px; border-radius: 0; border-top: 2px dashed var(--muted);
+  vertical-align: middle; background: none; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px; }
+.still, #ends, #sources { margin-top: 16px; }
+.data { display: block; columns: 3 300px; column-gap: 16px; }
+.data > * { break-inside: avoid; margin-bottom: 16px; }
+.stacked > * + * { margin-top: 16px; }
 .split { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 16px; align-items: start; }
 svg { display: block; width: 100%; height: auto; }
 .chart text { font-size: 11px; fill: var(--muted); }
@@ -54,6 +61,12 @@ svg { display: block; width: 100%; height: auto; }
 .chart .raw { stroke-width: 1; opacity: 0.3; } .chart .trend { stroke-width: 2; }
 .chart .stack { opacity: 0.85; stroke: var(--card); stroke-width: 0.6; }
 .chart .gap-area { fill: var(--muted); opacity: 0.16; }
+.chart .other { stroke-width: 1.3; stroke-dasharray: 5 3; }
+.chart .covers { stroke: var(--muted); stroke-width: 3.5; opacity: 0.55; }
+.chart .whisker { fill: none; stroke-width: 1.3; opacity: 0.75; }
+.chart .dot { stroke-width: 1.6; }
+.chart .column { fill: var(--c3); }
+.chart .hollow { fill: none; stroke: var(--c3); stroke-width: 1.4; stroke-dasharray: 3 2; }
 .chart .cursor { stroke: var(--ink); stroke-dasharray: 2 3; }
 #tip { position: fixed; z-index: 9; pointer-events: none; background: var(--ink); color: var(--bg); font-size: 13px;
   line-height: 1.4; padding: 5px 9px; border-radius: 5px; white-space: pre; }
@@ -61,7 +74,25 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child > * { border-bottom: 0; }
 th { font-weight: 400; color: var(--muted); } td { overflow-wrap: anywhere; }
-.numeric :is(th, td) { text-align: right; } .numeric :is(th, td):first-child { text-align: left; }
+.numeric :is(th, td) { text-align: right; } .numeric td { white-space: nowrap; }
+.numeric :is(td .number-note, td code) { white-space: normal; } .numeric .long { overflow-wrap: anywhere; }
+.numeric .number-note { overflow-wrap: normal; }
+.numeric tr > *:last-child { padding-right: 0; }
+.numeric :is(th, td):first-child { text-align: left; }
+.scroll { overflow-x: auto; }
+.plus { color: var(--good); } .minus { color: var(--bad); }
+.number-note { display: block; color: var(--muted); font-size: 12px; font-weight: 400; }
+.counts { display: grid; grid-template-columns: minmax(0, 12em) minmax(0, 1fr) auto; gap: 6px 14px; font-size: 14px;
+  align-items: center; }
+.counts i { display: block; height: 12px; min-width: 2px; border-radius: 0 3px 3px 0; background: var(--c3);
+  width: calc(var(--p) * 100%); }
+.counts > :nth-child(3n) { text-align: right; }
+details { margin-top: 12px; }
+summary { cursor: pointer; font-size: 14px; }
+pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 10px 0 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.found { font-size: 13px; margin: 6px 0 0; padding-left: 18px; color: var(--muted); overflow-wrap: anywhere; }
+.notes { border-left: 3px solid var(--crop); padding-left: 12px; }
 .facts { columns: 2 420px; column-gap: 40px; }
 .facts table { break-inside: avoid; margin-bottom: 18px; }
 .facts th { width: 46%; } caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
@@ -72,7 +103,7 @@ th { font-weight: 400; color: var(--muted); } td { overflow-wrap: anywhere; }
 .shot img.small { image-rendering: pixelated; }
 .shot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .shot rect { fill: none; vector-effect: non-scaling-stroke; }
-.shot .halo { stroke: #fff; stroke-width: 4.5; } .shot .box { stroke: #c65d00; stroke-width: 2.2; }
+.shot .halo { stroke: #fff; stroke-width: 4.5; } .shot .box { stroke: #b65500; stroke-width: 2.2; }
 .question { font-weight: 600; margin-bottom: 4px; white-space: pre-wrap; }
 .mark { display: inline-flex; gap: 6px; align-items: baseline; white-space: pre-wrap; }
 .mark svg { width: 13px; height: 13px; flex: none; position: relative; top: 1.5px; fill: none; stroke: currentColor;
@@ -114,6 +145,9 @@ footer { max-width: 1160px; margin: 0 auto; padding: 24px 20px 48px; color: var(
 @media (max-width: 480px) {
   main, nav, header, footer { padding-left: 14px; padding-right: 14px; }
   .card { padding: 12px; }
+  .large text { font-size: 13.5px; }
+  .numeric { font-size: 13px; }
+  .numeric :is(th, td) { padding-right: 6px; }
 }
 """
 
@@ -143,7 +177,7 @@ for (const list of document.querySelectorAll('[role=tablist]')) {
 // Charts: the values of the step nearest to the pointer.
 const tip = document.getElementById('tip');
 for (const svg of document.querySelectorAll('[data-hover]')) {
-  const { x, rows, name, box: [left, right], range: [low, high] } = JSON.parse(svg.dataset.hover);
+  const { x, labels, rows, name, box: [left, right], range: [low, high] } = JSON.parse(svg.dataset.hover);
   const cursor = svg.querySelector('.cursor');
   svg.addEventListener('pointermove', event => {
     const area = svg.getBoundingClientRect();
@@ -153,7 +187,8 @@ for (const svg of document.querySelectorAll('[data-hover]')) {
     x.forEach((value, i) => { if (Math.abs(value - step) < Math.abs(x[best] - step)) best = i; });
     cursor.setAttribute('transform', `translate(${left + (x[best] - low) / (high - low) * (right - left)} 0)`);
     cursor.setAttribute('visibility', 'visible');
-    tip.textContent = [`${name} ${x[best]}`, ...rows.map(([label, values]) => `${label}  ${values[best]}`)].join('\\n');
+    const values = rows.map(([label, texts]) => `${label}  ${texts[best]}`);
+    tip.textContent = [`${name} ${(labels ?? x)[best]}`, ...values].join('\\n');
     tip.hidden = false;
     const beyond = event.clientX + 16 + tip.offsetWidth > document.documentElement.clientWidth;
     tip.style.left = `${Math.max(4, event.clientX + (beyond ? -tip.offsetWidth - 12 : 16))}px`;

@@ -1,9 +1,10 @@
-"""Small charts as inline SVG text: line charts with a smoothed trend, stacked time, and the before/after gap bars."""
+"""Small charts as inline SVG text: numbers for people, the frame of a chart, and curves with a smoothed trend."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
@@ -13,14 +14,16 @@ import numpy as np
 NAN = float("nan")
 MAX_BINS = 240
 """Points a curve keeps at most: more would not show in a panel of 360 px."""
-
-PAGE_COLOURS = {name: f"var(--{name})" for name in ("ink", "muted", "line", "full", "crop")}
-PRINT_COLOURS = {"ink": "#1c2128", "muted": "#565f6b", "line": "#d9d7d2", "full": "#0b67a8", "crop": "#c65d00"}
+LARGE = 400
+"""Wider charts have a row to themselves on a phone."""
 
 
 def as_float(value: object) -> float:
     """`value` as a float; NaN for anything that is not a finite number, so that a hole in the data stays a hole."""
-    number = float(value) if isinstance(value, Real) else NAN
+    # JSON may hold integers beyond the range of floats
+    if not isinstance(value, Real) or (isinstance(value, int) and value.bit_length() > 1000):
+        return NAN
+    number = float(value)
     return number if math.isfinite(number) else NAN
 
 
@@ -62,7 +65,8 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high], about `count` of them."""
     raw = max((high - low) / count, 1.0 if whole else 0.0)
     scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * scale for factor in (1, 2, 2.5, 5, 10) if factor * scale >= raw * 0.999)
+    steps = [factor * scale for factor in (1, 2, 2.5, 5, 10) if not (whole and factor * scale == 2.5)]
+    step = next(step for step in steps if step >= raw * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -76,7 +80,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found[:: max(1, len(found) // 5)]
 
 
-def _tick_labels(values: list[float], percent: bool = False) -> list[str]:
+def tick_labels(values: list[float], percent: bool = False) -> list[str]:
+    """Texts of round numbers on one axis, all with the same number of decimals."""
     if percent:
         return [format_percent(value, 0) for value in values]
     largest = max((abs(value) for value in values), default=0.0)
@@ -100,15 +105,27 @@ class Frame:
         log: bool = False,
         percent: bool = False,
         whole: bool = False,
+        room_below: int = 36,
+        x_ticks: list[tuple[float, str]] | None = None,
     ) -> None:
-        """Leave room on the left for the widest tick label of `y_range`; `whole` allows no ticks between counts."""
+        """Leave room on the left for the widest tick label of `y_range`; `whole` allows no ticks between counts.
+
+        `room_below` is the height under the plot in pixels; `x_ticks` are places and their labels, for an axis that
+        does not count steps.
+        """
         self.width, self.height = size
         self.x_range, self.y_range, self.log = x_range, y_range, log
         self.y_ticks = log_ticks(*y_range) if log else ticks(*y_range, count=round(self.height / 48), whole=whole)
-        each_its_own = [_tick_labels([value])[0] for value in self.y_ticks]
-        self.y_labels = each_its_own if log else _tick_labels(self.y_ticks, percent)
-        self.left = 12 + 6.4 * max((len(label) for label in self.y_labels), default=0)
-        self.right, self.top, self.bottom = self.width - 12, 24, self.height - 36
+        each_its_own = [tick_labels([value])[0] for value in self.y_ticks]
+        self.y_labels = each_its_own if log else tick_labels(self.y_ticks, percent)
+        # the page shows a large chart shrunk on a phone, with larger letters
+        letter = 8.0 if self.width > LARGE else 6.4
+        self.left = 12 + letter * max((len(label) for label in self.y_labels), default=0)
+        self.right, self.top, self.bottom = self.width - 12, 24, self.height - room_below
+        if x_ticks is None:
+            values = ticks(*x_range, count=5, whole=True)  # a tick between two steps means nothing
+            x_ticks = list(zip(values, tick_labels(values), strict=True))
+        self.x_ticks = x_ticks
 
     def x(self, value: float) -> float:
         """Horizontal pixel of `value`."""
@@ -132,11 +149,11 @@ class Frame:
                 f'<text class="tick" x="{self.left - 6:.1f}" y="{y + 3.8:.1f}" text-anchor="end">{label}</text>'
             )
         parts.append(f'<path class="axis" d="M{self.left:.1f} {self.bottom}H{self.right}"/>')
-        # A tick between two steps means nothing.
-        x_ticks = ticks(*self.x_range, count=5, whole=True)
-        for value, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
+        for value, label in self.x_ticks:
             x, anchor = self.x(value), "end" if self.x(value) > self.right - 8 else "middle"
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{self.bottom + 15}" text-anchor="{anchor}">{label}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{self.bottom + 15}" text-anchor="{anchor}">{escape(label)}</text>'
+            )
         middle = (self.left + self.right) / 2
         parts.append(
             f'<text class="axis-label" x="{middle:.1f}" y="{self.height - 5}" text-anchor="middle">'
@@ -164,8 +181,9 @@ class Frame:
             box = [round(value, 1) for value in (self.left, self.right, self.top, self.bottom)]
             data = f' data-hover="{escape(json.dumps(hover | {"box": box, "range": self.x_range}))}"'
             parts = [*parts, f'<path class="cursor" d="M0 {self.top}V{self.bottom}" visibility="hidden"/>']
+        kind = "chart large" if self.width > LARGE else "chart"
         return (
-            f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'<svg class="{kind}" viewBox="0 0 {self.width} {self.height}" role="img" '
             f'aria-label="{escape(label)}"{data}>{"".join(parts)}</svg>'
         )
 
@@ -176,18 +194,21 @@ class Series:
 
     name: str
     colour: str
-    x: list[float]
-    y: list[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    dashed: bool = False
+    """A run to compare with: thin, and without its raw values."""
 
 
-def _bins(num_points: int, most: int = MAX_BINS) -> list[np.ndarray]:
+def bins_of(num_points: int, most: int = MAX_BINS) -> list[np.ndarray]:
+    """The indices 0 .. num_points - 1 in at most `most` runs of about equal length."""
     return np.array_split(np.arange(num_points), min(num_points, most))
 
 
 def _envelope(values: np.ndarray, most: int) -> list[int]:
     """Indices of the smallest and largest value of each bin: a thinned curve that keeps its spikes."""
     kept: list[int] = []
-    for index in _bins(len(values), most):
+    for index in bins_of(len(values), most):
         known = index[np.isfinite(values[index])]
         if len(known):
             kept += sorted({int(known[values[known].argmin()]), int(known[values[known].argmax()])})
@@ -245,97 +266,39 @@ def line_chart(
                 corners = [(x[i], low[i]), (x[i + 1], low[i + 1]), (x[i + 1], high[i + 1]), (x[i], high[i])]
                 outline = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in corners)
                 parts.append(f'<polygon class="gap-area" points="{outline}"/>')
-    hover_x: list[float] = []
-    rows = []
-    as_text = format_percent if percent else format_number
+    curves = []
     for one, (x, y) in zip(series, points, strict=True):
         trend, centres = y, list(range(len(y)))
         if not (exact or shade_between) and len(y) > 40:
-            kept = _envelope(y, MAX_BINS // 2)
-            parts.append(f'<path class="raw" d="{frame.path(x[kept], y[kept])}" style="stroke:{one.colour}"/>')
+            if not one.dashed:
+                kept = _envelope(y, MAX_BINS // 2)
+                parts.append(f'<path class="raw" d="{frame.path(x[kept], y[kept])}" style="stroke:{one.colour}"/>')
             trend = smooth(y, max(5, len(y) // 30))
-            centres = [int(index[len(index) // 2]) for index in _bins(len(y))]
-        parts.append(f'<path class="trend" d="{frame.path(x[centres], trend[centres])}" style="stroke:{one.colour}"/>')
-        if shade_between:
+        if len(y) > MAX_BINS:
+            centres = [int(index[len(index) // 2]) for index in bins_of(len(y))]
+        shown = "trend other" if one.dashed else "trend"
+        path = frame.path(x[centres], trend[centres])
+        parts.append(f'<path class="{shown}" d="{path}" style="stroke:{one.colour}"/>')
+        if shade_between and not one.dashed:
             parts += [
                 f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="3.2" style="fill:{one.colour}"/>'
-                for a, b in zip(x, y, strict=True)
+                for a, b in zip(x[centres], y[centres], strict=True)
                 if math.isfinite(b)
             ]
-        hover_x = x[centres].tolist()
-        rows.append([one.name, [as_text(value) for value in trend[centres]]])
-    return frame.svg(parts, label, {"x": hover_x, "rows": rows, "name": x_label})
+        curves.append((one.name, x[centres], trend[centres]))
+    as_text = format_percent if percent else format_number
+    return frame.svg(parts, label, {**_readings(curves, as_text), "name": x_label})
 
 
-def stacked_chart(
-    series: list[Series], *, label: str, y_label: str, x_label: str = "step", size: tuple[int, int] = (360, 200)
-) -> str:
-    """Parts of a whole over steps, means of equal runs of steps on top of each other; missing counts as nothing."""
-    if not series or not series[0].x:
-        return ""
-    steps = np.array(series[0].x, dtype=float)
-    bins = _bins(len(steps), 60)
-    parts_of = np.array([[np.nan_to_num(np.array(s.y, dtype=float))[i].mean() for i in bins] for s in series])
-    tops = parts_of.cumsum(axis=0)
-    if tops.max() <= 0:
-        return ""
-    edges = [*(float(steps[i[0]]) - 0.5 for i in bins), float(steps[-1]) + 0.5]
-    frame = Frame(size, (edges[0], edges[-1]), (0.0, float(tops.max()) * 1.05))
-    parts = frame.axes(x_label, y_label)
-    for k, one in enumerate(series):
-        lower = tops[k - 1] if k else np.zeros(len(bins))
-        up = "".join(
-            f"L{frame.x(a):.1f} {frame.y(t):.1f}L{frame.x(b):.1f} {frame.y(t):.1f}"
-            for a, b, t in zip(edges, edges[1:], tops[k], strict=False)
-        )
-        down = "".join(
-            f"L{frame.x(b):.1f} {frame.y(t):.1f}L{frame.x(a):.1f} {frame.y(t):.1f}"
-            for a, b, t in reversed(list(zip(edges, edges[1:], lower, strict=False)))
-        )
-        parts.append(f'<path class="stack" d="M{up[1:]}{down}Z" style="fill:{one.colour}"/>')
-    hover = {"x": [float(steps[i[len(i) // 2]]) for i in bins], "name": x_label}
-    hover["rows"] = [[s.name, [f"{format_number(v)} s" for v in row]] for s, row in zip(series, parts_of, strict=True)]
-    return frame.svg(parts, label, hover)
-
-
-def gap_bars(accuracies: dict[str, tuple[float, float]], colours: dict[str, str], top: int = 24) -> str:
-    """The inside of a 480 x 330 SVG: bars of (full, crop) accuracy for each moment, with the gap in brackets."""
-    left, right, bottom = 44, 470, 274
-    ink, muted, line = colours["ink"], colours["muted"], colours["line"]
-
-    def y(value: float) -> float:
-        return bottom - min(max(value, 0.0), 1.0) * (bottom - top)
-
-    def text(x: float, baseline: float, content: str, fill: str, extra: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{baseline:.1f}" fill="{fill}" {extra}>{escape(content)}</text>'
-
-    parts = []
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<path d="M{left} {y(value):.1f}H{right}" stroke="{muted if value == 0 else line}"/>')
-        parts.append(text(left - 6, y(value) + 4, f"{100 * value:.0f}%", muted, 'text-anchor="end" font-size="12"'))
-    middle = 'text-anchor="middle" font-size="13"'
-    for group, (moment, (full, crop)) in enumerate(accuracies.items()):
-        x = left + 18 + group * (right - left) / 2
-        for i, (name, value) in enumerate((("full", full), ("crop", crop))):
-            bar = x + i * 62
-            if math.isfinite(value):
-                rise = bottom - y(value)
-                parts.append(
-                    f'<rect x="{bar:.1f}" y="{y(value):.1f}" width="54" height="{rise:.1f}" fill="{colours[name]}"/>'
-                )
-            known = value if math.isfinite(value) else 0.0
-            parts.append(text(bar + 27, y(known) - 6, format_percent(value), ink, f'{middle} font-weight="600"'))
-            parts.append(text(bar + 27, bottom + 18, f"{name} view", muted, 'text-anchor="middle" font-size="12"'))
-        parts.append(text(x + 58, bottom + 40, moment, ink, f'{middle} font-weight="600"'))
-        if math.isfinite(full) and math.isfinite(crop):
-            low, high, at = y(full), y(crop), x + 128
-            # The full-view level, carried across the crop bar to the bracket.
-            parts.append(f'<path d="M{x + 54:.1f} {low:.1f}H{at}" stroke="{ink}" stroke-dasharray="3 3" fill="none"/>')
-            bracket = f"M{at - 7} {high:.1f}H{at}V{low:.1f}H{at - 7}"
-            parts.append(f'<path d="{bracket}" stroke="{ink}" stroke-width="1.5" fill="none"/>')
-            # Baselines 16 apart around the bracket's middle, kept between the top of the chart and the axis.
-            centre = min(max((low + high) / 2, top + 14), bottom - 34)
-            parts.append(text(at + 7, centre - 3, "gap", muted, 'font-size="12"'))
-            parts.append(text(at + 7, centre + 13, format_number(100 * (crop - full), 1), ink, 'font-weight="700"'))
-            parts.append(text(at + 7, centre + 28, "points", muted, 'font-size="12"'))
-    return f'<g font-size="15" font-family="system-ui, -apple-system, Segoe UI, sans-serif">{"".join(parts)}</g>'
+def _readings(curves: list[tuple[str, np.ndarray, np.ndarray]], as_text: Callable[[float], str]) -> dict:
+    """What the pointer reads: the steps of the longest curve, and the value of each curve at the nearest of its own."""
+    grid = max((x for _, x, _ in curves), key=lambda x: (x[-1] - x[0], len(x)) if len(x) else (-1.0, 0))
+    rows = []
+    for name, x, y in curves:
+        if not len(x):
+            continue
+        nearest = np.searchsorted((x[1:] + x[:-1]) / 2, grid)
+        reach = 1.5 * max(np.diff(x).max(initial=1.0), np.diff(grid).max(initial=1.0))
+        known = np.abs(x[nearest] - grid) <= reach
+        rows.append([name, [as_text(float(y[i])) if ok else "n/a" for i, ok in zip(nearest, known, strict=True)]])
+    return {"x": grid.tolist(), "rows": rows}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
+from pathlib import Path
 
 import torch
+import yaml
 from megatron.core import optimizer as megatron_optimizer
 
 from nemo_vopd.config import Config
@@ -38,6 +42,24 @@ def implementations(config: Config) -> dict[str, str]:
         "optimizer": f"{adam} on float32 shards",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def write_facts(config: Config, world_size: int) -> None:
+    """config.yaml and environment.json in the run's folder: what was asked for, and what served it."""
+    parallel, folder = config.parallel, Path(config.exp_manager["exp_dir"])
+    layout = {
+        "processes": world_size,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "data": world_size // (parallel.tensor * parallel.pipeline),
+        "sequence_parallel": parallel.sequence,
+    }
+    facts = {"layout": layout, "implementations": implementations(config), "versions": versions()}
+    options = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    for name, text in (("config.yaml", options), ("environment.json", json.dumps(facts, indent=1) + "\n")):
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)
 
 
 def describe(config: Config, world_size: int) -> str:

@@ -22,7 +22,8 @@ from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.runtime.checkpointer import Checkpointer, SaveLostStep
 from nemo_vopd.runtime.control import RunControl
-from nemo_vopd.runtime.environment import describe
+from nemo_vopd.runtime.environment import describe, write_facts
+from nemo_vopd.runtime.examples import forget_examples, write_run_examples
 from nemo_vopd.runtime.metrics import ProgressBar
 from nemo_vopd.runtime.signals import StopSignals
 from nemo_vopd.vlm import check_model
@@ -35,7 +36,7 @@ def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
     """
     check_model(config)
     require_dataset(config.data.path)
-    if config.evaluation.every_n_steps and config.evaluation.path is not None:
+    if config.evaluation.path is not None:
         require_dataset(config.evaluation.path, "evaluation.path")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
     _make_folder(config)
@@ -51,6 +52,7 @@ def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
     start_experiment(trainer, config)
     RunControl(config).write_status("running", 0, None)  # what an earlier run left must not be taken for this one
     if parallel.is_rank_zero():
+        write_facts(config, dist.get_world_size())
         print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
     # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
     last, trainer.ckpt_path = trainer.ckpt_path, None
@@ -58,12 +60,15 @@ def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
     model.control.signals = signals or model.control.signals
     with model.control.signals:
         step = 0 if last is None else model.checkpointer.restore(model, Path(last))
+        if parallel.is_rank_zero() and not step:
+            forget_examples(Path(config.exp_manager["exp_dir"]))
         if parallel.is_rank_zero() and step:
             print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
         if reason := model.control.stop_reason(step):
             model.control.write_status(reason, step, model.checkpointer.last)
         else:
             trainer.fit(model)
+            write_run_examples(model)
     _tell_end(model)
     return model
 

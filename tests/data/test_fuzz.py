@@ -14,7 +14,8 @@ from itertools import islice
 import pytest
 
 from nemo_vopd.batch import DroppedSample, Sample
-from nemo_vopd.data.prepare import _write_index, prepare
+from nemo_vopd.data.index import write_index
+from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.task_encoder import build_train_loader, iterate_samples
 from nemo_vopd.data.views import DROP_REASONS
 from tests.data.fuzz_cases import ANY, GOOD, Fuzz, Payload, encoded, headers, json_value, nested, picture, record
@@ -153,7 +154,7 @@ def write_tar(path, records):
 def test_damaged_shards_are_dropped_by_reason(data_config, processor, tmp_path):
     cases = damaged_records(tmp_path / "payload-ran")
     write_tar(tmp_path / "shard-000000.tar", [parts for _, parts in cases])
-    _write_index(tmp_path, workers=1)
+    write_index(tmp_path)
     found = {}
     for view in VIEWS:
         found[view] = checked(list(iterate_samples(tmp_path, data_config, view, processor)))

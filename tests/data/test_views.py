@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nemo_vopd.data.views import DROP_REASONS, UnusableSample, check_box, crop_box, draw_box, load_image
+from nemo_vopd.config import CropConfig
+from nemo_vopd.data.views import DROP_REASONS, UnusableSample, check_box, check_image, crop_box, draw_box, load_image
 
 
 def reason(function, *args, **kwargs):
@@ -141,3 +142,57 @@ def test_details_quote_data_safely():
     for detail in ("\x1b[31mred\n" * 9, "x" * 10**6, "\ud800"):
         shown = UnusableSample("malformed_record", detail).detail
         assert shown.isprintable() and len(shown) <= 300
+
+
+def window(bbox, size, **options):
+    left, top, right, bottom = crop_box(bbox, size, **{"scale": 1.0, "min_side": 1, "square": False, **options})
+    assert 0 <= left <= bbox[0] and bbox[2] <= right <= size[0] and 0 <= top <= bbox[1] and bbox[3] <= bottom <= size[1]
+    return right - left, bottom - top
+
+
+def test_margin_is_in_pixels_after_the_scale():
+    assert window([400, 400, 420, 410], (1000, 1000), scale=2.0, margin=15) == (70, 50)
+    assert window([400, 400, 420, 410], (1000, 1000), scale=2.0, margin=15, square=True) == (70, 70)
+    assert window([400, 0, 420, 10], (1000, 30), scale=2.0, margin=15) == (70, 30)
+
+
+def test_upscaling_is_bounded_as_far_as_the_image_allows():
+    for limit in (1.0, 1.5, 3.0):
+        for square in (True, False):
+            width, height = window(
+                [400, 400, 420, 410], (1000, 1000), max_upscale=limit, min_pixels=40_000, square=square
+            )
+            assert (40_000 / limit**2) <= width * height < (40_000 / limit**2) * 1.2
+            assert square == (width == height)
+    assert window([400, 400, 420, 410], (1000, 1000), max_upscale=20, min_pixels=40_000) == (20, 10)
+    # where the image ends on one axis, the window grows along the other
+    assert window([400, 5, 420, 15], (1000, 20), max_upscale=2.0, min_pixels=40_000) == (500, 20)
+    assert window([5, 5, 15, 15], (20, 20), max_upscale=2.0, min_pixels=40_000) == (20, 20)
+
+
+def test_aspect_is_bounded_as_far_as_the_image_allows():
+    assert window([100, 100, 500, 110], (1000, 1000), max_aspect=4.0) == (400, 100)
+    assert window([100, 100, 110, 500], (1000, 1000), max_aspect=4.0) == (100, 400)
+    assert window([100, 100, 500, 110], (1000, 1000), max_aspect=4.0, square=True) == (400, 400)
+    assert window([0, 10, 900, 20], (1000, 50), max_aspect=4.0) == (900, 50)
+    assert window([0, 10, 1000, 20], (1000, 400), scale=3.0, max_aspect=4.0) == (1000, 250)
+
+
+def test_defaults_of_the_policy_change_nothing():
+    rng = random.Random(1)
+    for _ in range(500):
+        size = (rng.randint(50, 300), rng.randint(50, 300))
+        x, y = rng.uniform(0, 40), rng.uniform(0, 40)
+        bbox = [x, y, x + rng.uniform(1, 60), y + rng.uniform(1, 60)]
+        options = {"scale": 2.0, "min_side": 28, "square": rng.random() < 0.5}
+        policy = vars(CropConfig(**options))
+        assert crop_box(bbox, size, **policy, min_pixels=3136) == crop_box(bbox, size, **options)
+
+
+def test_checking_an_image_is_loading_it_without_the_pixels():
+    for mode in ("RGB", "L", "RGBA", "P"):
+        assert check_image(png(9, 7, mode)) == load_image(png(9, 7, mode)).size == (9, 7)
+    for data in (b"", png(30, 40)[:40], png(30, 40)[:-30]):
+        assert reason(check_image, data) == "unreadable_image"
+    assert reason(check_image, png(30, 40), max_pixels=1199) == "image_too_large"
+    assert reason(check_image, png(30, 3)) == "image_too_small"

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
+import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from nemo_vopd.evaluation.report import Example, TokenTrace, gap_figure_svg, write_report
+from nemo_vopd.evaluation.examples_file import Answer, Examples, picture, read_examples, write_examples
+from nemo_vopd.evaluation.report import gap_figure_svg, write_report
+from nemo_vopd.evaluation.run_files import Results, Run, read_results, read_run
 from nemo_vopd.evaluation.svg import Frame, Series, format_number, line_chart, smooth, ticks
+from nemo_vopd.evaluation.svg_evidence import accuracy_chart, gap_chart, read_bins
+from tests.evaluation.run_folder import SUMMARY, example, image, results, trace, write_lines, write_run
 
 VOID = {"meta", "img", "br"}
 NAN = float("nan")
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
-SUMMARY = {
-    "full_accuracy_before": 0.5,
-    "full_accuracy_after": 0.9,
-    "crop_accuracy_before": 0.95,
-    "crop_accuracy_after": 0.94,
-    "gap_closed": 0.911,
-    "wall_seconds": 521.3,
-    "seed": 1234,
-    "teacher_view": "crop",
-    "num_parameters": 1832448,
-    "phases": {"warmup": 200.0, "training": 300.0},
-    "versions": {"torch": "2.9.1"},
-}
+SECTIONS = [
+    "accuracy", "evidence", "benchmarks", "curves", "warmup", "examples", "tokens", "drops", "data", "config", "facts",
+]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -73,129 +69,264 @@ class Page(HTMLParser):
     def values(self, name: str) -> list[str]:
         return [value for _, attribute, value in self.attributes if attribute == name]
 
-
-def image(size: int = 12, mode: str = "RGB") -> Image.Image:
-    return Image.new(mode, (size, size))
-
-
-def example(**changes) -> Example:
-    fields = dict(
-        image=image(), bbox=(2, 3, 7, 9), crop=image(4), question="Which digit?", answer="7",
-        full_before="1", full_after="7.", crop_before=" 7", crop_after="",
-    )  # fmt: skip
-    return Example(**(fields | changes))
+    @property
+    def sections(self) -> list[str]:
+        return [one for one in self.ids if one in SECTIONS]
 
 
-def trace(**changes) -> TokenTrace:
-    fields = dict(
-        image=image(), crop=image(4), question="Which digit?", tokens=["The", " digit\n", "<eos>"],
-        student_log_probs=[-0.1, -1.0, -0.01], teacher_log_probs=[-0.2, -4.0, -0.02], divergence=[0.01, 0.4, 0.0],
-        student_top=[[("The", 0.9)], [(" digit\n", 0.37), (" mark", 0.3)], [("<eos>", 0.99)]],
-        teacher_top=[[("The", 0.8)], [(" number", 0.9), (" mark", 0.05)], [("<eos>", 0.98)]],
-    )  # fmt: skip
-    return TokenTrace(**(fields | changes))
-
-
-def page_of(tmp_path, **changes) -> tuple[str, Page]:
-    metrics = [
-        {"step": i, "loss": math.exp(-i / 20), "grad_norm": 1.0, "seconds_rollout": 0.2, "seconds_student": 0.1,
-         "student_topk_mass": 0.99, "teacher_topk_mass": 0.98, "distinct_2": 0.5}
-        for i in range(100)
-    ]  # fmt: skip
-    content = dict(
-        title="Quickstart", summary=SUMMARY, metrics=metrics,
-        warmup=[{"step": i, "loss": 1.0, "lr": 1e-3} for i in (0, 1)],
-        evaluations=[{"step": s, "full_accuracy": 0.5 + s / 200, "crop_accuracy": 0.95} for s in (0, 40, 80)],
-        examples=[example()], traces=[trace()],
-    )  # fmt: skip
-    path = tmp_path / "run" / "report.html"
-    write_report(path, **(content | changes))
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+def page_of(path, run: Run, other: Run | None = None, baseline=()) -> tuple[str, Page]:
+    write_report(path, run, other, baseline)
+    assert not list(path.parent.glob("*.partial"))
     text = path.read_text(encoding="utf-8")
     return text, Page(text)
 
 
-EMPTY = dict(summary={}, metrics=[], warmup=[], evaluations=[], examples=[], traces=[])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "new-run", summary=SUMMARY)
 
 
-@pytest.mark.parametrize("changes", [{}, EMPTY], ids=["full", "empty"])
-def test_every_section_is_there_and_every_reference_resolves(tmp_path, changes):
-    _, page = page_of(tmp_path, **changes)
-    assert {"gap", "accuracy", "curves", "warmup", "examples", "tokens", "facts"} <= set(page.ids)
+@pytest.fixture
+def full(folder, tmp_path):
+    return page_of(tmp_path / "report.html", read_run(folder))
+
+
+def test_every_section_is_there_and_every_reference_resolves(full):
+    _, page = full
+    assert page.sections == SECTIONS
     assert len(page.ids) == len(set(page.ids))
     targets = [value.removeprefix("#") for value in page.values("href")]
+    assert targets == SECTIONS
     targets += page.values("aria-controls") + page.values("aria-labelledby")
     assert set(targets) <= set(page.ids)
 
 
-def test_headline_charts_and_facts(tmp_path):
-    _, page = page_of(tmp_path)
+@pytest.mark.parametrize(
+    ("kept", "sections"),
+    [
+        ([], []),
+        (["status.json"], ["facts"]),
+        (["metrics.jsonl"], ["curves", "drops"]),  # the metrics count drops too
+        (["config.yaml"], ["data", "config"]),
+        (["examples.json", "warmup.jsonl"], ["warmup", "examples", "tokens"]),
+        (["results"], ["evidence", "benchmarks"]),
+    ],
+)
+def test_a_section_without_content_is_left_out(folder, tmp_path, kept, sections):
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in kept:
+        source = folder / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, part / name)
+    _, page = page_of(part / "report.html", read_run(part))
+    assert page.sections == sections
+    assert page.tags.count("h2") == len(sections)
+
+
+def test_headline_charts_and_facts(full):
+    _, page = full
     assert "narrowed from 45.0 to 4.0 points: 91% of it is closed" in page.text
-    for heading in ("Loss", "Gradient norm", "Top-k mass", "Time by phase", "Distinct 2"):
+    for heading in ("Loss", "Gradient norm", "Top-k mass", "Time by phase", "Mismatch of engine and trainer"):
         assert heading in page.texts
-    assert "Entropy of the student" not in page.texts
-    for fact in ("1234", "1,832,448", "8 min 41 s", "3 min 20 s", "torch", "2.9.1"):
+    assert "learning rate 2e\u22126; responses 64" in page.text  # lines that never move are words, not charts
+    for fact in ("1234", "1,832,448", "8 min 41 s", "3 min 20 s", "torch", "2.9.1", "NVIDIA H100 80GB HBM3"):
         assert fact in page.texts
 
 
-def test_answers_are_marked_by_symbol_and_word(tmp_path):
-    _, page = page_of(tmp_path)
-    assert [word for word in page.texts if word in ("right:", "wrong:")] == ["wrong:", "right:", "right:", "wrong:"]
-    assert [value for value in page.values("class") if value.startswith("mark")] == [
-        "mark wrong", "mark right", "mark right", "mark wrong",
-    ]  # fmt: skip
+def test_without_a_summary_the_headline_is_the_gap_while_training_or_what_the_run_did(folder, tmp_path):
+    run = read_run(folder)
+    run.summary = {}
+    _, page = page_of(tmp_path / "a.html", run)
+    assert "narrowed from 45.0 to 17.2 points" in page.text and "at step 0 and at step 250" in page.text
+    run.evaluations = Run("").evaluations
+    _, page = page_of(tmp_path / "b.html", run)
+    assert "300 steps: the loss fell from" in page.text and "300 of 300" in page.text
+    assert "finished: all steps are done" in page.text
+    run.status = {"reason": "running", "step": 20, "max_steps": 900, "finished": False}
+    _, page = page_of(tmp_path / "c.html", run)
+    assert "300 of 900" in page.text and "still running, or ended without a word" in page.text
+    _, page = page_of(tmp_path / "d.html", Run("nothing"))
+    assert "No training step on record." in page.text
+
+
+def test_two_runs_are_overlaid_and_compared(folder, tmp_path):
+    other = read_run(write_run(tmp_path / "base", num_steps=120, scale=3.0))
+    text, page = page_of(tmp_path / "report.html", read_run(folder), other)
+    assert "Vision-OPD: new-run and base" in page.text and "Compared with base (dashed curves)" in page.text
+    assert text.count('class="trend other"') >= 14
+    assert {"End values: means over the last twentieth of the steps of each run", "Options that differ"} <= {
+        *page.texts
+    }
+    assert "optimizer.lr" in page.texts and "6e-06" in page.texts and "Time by phase, base" in page.texts
+    assert "distill.teacher.rate" not in page.texts  # the same in both
+    rows = re.findall(r'<th scope="row">Loss</th><td>([^<]*)</td><td>([^<]*)</td><td>\u2212', text)
+    assert len(rows) == 1 and float(rows[0][0]) < float(rows[0][1])
+
+
+def test_results_are_compared_with_a_baseline(folder, tmp_path):
+    run, baseline = read_run(folder), Results("base", results(0.0))
+    run.results[0].data["comparison"] = {"vstar": {"difference": 0.123, "interval": [0.05, 0.2], "num_samples": 191}}
+    text, page = page_of(tmp_path / "report.html", run, baseline=[baseline])
+    assert "V* Bench" in page.texts and "+12.3" in page.texts and "[5.0, 20.0]" in page.texts
+    assert "+12.0" in page.texts  # without a paired bootstrap, the plain difference
+    assert "direct_attributes" in page.texts and "F1" in page.texts and "\u2013" in page.texts
+    assert text.count('class="column hollow"') == 5 and text.count('class="whisker"') == 20
+    _, page = page_of(tmp_path / "alone.html", read_run(folder))
+    assert "Baseline" not in page.texts and "82.0%" in page.texts
+
+
+def test_bins_of_evidence_keep_their_order_and_place():
+    row = {"num_samples": 8, "full": 0.5, "full_interval": [0.2, 0.8], "crop": 0.9, "crop_interval": [0.7, 1.0]}
+    bins = read_bins([row | {"low": 0.1, "high": None}, row | {"low": 0, "high": 0.1}, {"low": "x"}, None])
+    assert [(one.low, one.high) for one in bins] == [(0.025, 0.1), (0.1, 0.4)]
+    for same in ([0.01] * 5, [0.01, 0.0101, 0.5], [0.02]):
+        bins = read_bins([row | {"low": low, "high": low} for low in same])
+        for chart in (accuracy_chart(bins, []), gap_chart(bins, bins)):
+            root = ElementTree.fromstring(chart)
+            centres = [float(dot.get("cx", "")) for dot in root.iter("circle")][: len(same)]
+            assert all(b - a > 20 for a, b in zip(centres, centres[1:], strict=False))
+            assert "nan" not in chart
+
+
+def test_answers_are_marked_by_symbol_and_word(folder, tmp_path):
+    run = Run("a", examples=Examples([example(), example(full_before=None, crop_before=Answer("8", None))]))
+    _, page = page_of(tmp_path / "report.html", run)
+    words = [word for word in page.texts if word in ("right:", "wrong:", "not asked")]
+    assert words == ["wrong:", "right:", "right:", "wrong:", "not asked", "right:", "wrong:"]
+    run.examples.examples = [example(full_before=None, crop_before=None, image=None, bbox=None, answer=None)]
+    _, page = page_of(tmp_path / "report.html", run)
+    assert "Before" not in page.texts and "After" in page.texts and "Full view" in page.texts
 
 
 def test_token_viewer_opens_at_the_largest_divergence_and_is_reachable_by_keyboard(tmp_path):
-    _, page = page_of(tmp_path)
+    _, page = page_of(tmp_path / "report.html", Run("a", examples=Examples([], [trace()], "Sampled before training.")))
     assert page.values("aria-selected") == ["false", "true", "false"]
     assert page.values("tabindex") == ["-1", "0", "-1"]
     assert "\u00b7number" in page.texts and "\u00b7digit\u21b5" in page.texts
-    assert "not among its top tokens" in page.texts
+    assert "not among its top tokens" in page.texts and "Sampled before training." in page.text
 
 
-def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    text, page = page_of(tmp_path)
+def test_nothing_is_loaded_from_elsewhere(full):
+    text, page = full
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
-    assert all(value.startswith("data:image/png;base64,") for value in page.values("src"))
+    assert all(re.match(r"data:image/(png|jpeg);base64,", value) for value in page.values("src"))
     assert not {"link", "iframe", "object", "base"} & set(page.tags)
 
 
-def test_text_is_escaped(tmp_path):
-    hostile = example(question=HOSTILE, answer=HOSTILE, full_before=HOSTILE)
-    tokens = trace(question=HOSTILE, tokens=[HOSTILE, "b", "c"], student_top=[[(HOSTILE + "x", 0.5)], [], []])
-    facts = SUMMARY | {"note": HOSTILE, HOSTILE: 1, "versions": {HOSTILE: HOSTILE}}
-    metrics = [{"step": 0, HOSTILE: 1.0, "seconds_" + HOSTILE: 1.0}]
-    text, page = page_of(tmp_path, title=HOSTILE, summary=facts, metrics=metrics, examples=[hostile], traces=[tokens])
-    assert page.tags.count("script") == 1
+def hostile(value):
+    """The same JSON with every text in it replaced."""
+    if isinstance(value, dict):
+        return {key: hostile(entry) for key, entry in value.items()} | {HOSTILE: HOSTILE}
+    if isinstance(value, list):
+        return [hostile(entry) for entry in value]
+    return HOSTILE if isinstance(value, str) and not value.startswith("data:") else value
+
+
+def test_text_is_escaped(folder, tmp_path):
+    target = tmp_path / "<b>run"
+    shutil.copytree(folder, target)
+    for path in target.rglob("*"):
+        if path.suffix == ".json":
+            path.write_text(json.dumps(hostile(json.loads(path.read_text()))))
+        elif path.suffix == ".jsonl":
+            rows = [hostile(json.loads(line)) | {f"seconds_{HOSTILE}": 1.0, HOSTILE: 2.0} for line in path.open()]
+            write_lines(path, rows)
+    (target / "config.yaml").write_text(json.dumps({"data": {"path": str(target / "data")}, HOSTILE: {HOSTILE: 1}}))
+    shutil.copy(target / "results" / "student.json", target / "results" / f"{HOSTILE.replace('/', '')}.json")
+    run = read_run(target)
+    run.notes.append(HOSTILE)
+    text, page = page_of(tmp_path / "report.html", run, read_run(target), run.results)
+    assert page.sections == SECTIONS
+    assert page.tags.count("script") == 1 and "<b>run" not in text
     assert "alert(" in page.text and "<script>alert" not in text
 
 
-def test_holes_in_the_data_do_not_crash(tmp_path):
+def test_an_image_can_only_be_an_image():
+    sound = picture(image())
+    for uri in ("javascript:alert(1)", "data:text/html;base64,AAAA", sound.uri + '" onload="x', "https://a.b/c.png", 3):
+        data = {"examples": [{"question": "a", "image": {"uri": uri, "width": 3, "height": 3}}]}
+        assert read_examples(data).examples[0].image is None
+    read = read_examples({"examples": [{"image": vars(sound)}, {"image": vars(sound) | {"width": NAN}}, "x"]})
+    assert [one.image for one in read.examples] == [sound, None]
+
+
+def test_examples_survive_their_file_and_large_images_are_bounded(tmp_path):
+    large = picture(image((3000, 2000)))
+    assert (
+        large.uri.startswith("data:image/jpeg")
+        and len(large.uri) < 400_000
+        and (large.width, large.height) == (3000, 2000)
+    )
+    content = Examples([example(image=large)], [trace(divergence=[NAN, 0.5, 0.1])], "A note.")
+    write_examples(tmp_path / "examples.json", content)
+    read = read_examples(json.loads((tmp_path / "examples.json").read_text()))
+    assert read.examples[0].image == large and read.examples[0].full_after == Answer("7.", True)
+    assert read.traces[0].tokens == trace().tokens and read.traces[0].student_top == trace().student_top
+    assert math.isnan(read.traces[0].divergence[0]) and read.note == "A note."
+
+
+def test_holes_in_the_data_do_not_crash(folder, tmp_path):
     metrics = [{}, {"step": 1, "loss": NAN}, {"step": 2, "loss": math.inf}, {"loss": None, "lr": "x"}, {"step": 5}]
-    for rows in (metrics, metrics + [{"step": 6, "loss": 0.5, "seconds_rollout": NAN}], [{"step": 3, "loss": 1.0}]):
-        _, page = page_of(
-            tmp_path,
-            summary={
-                "full_accuracy_before": NAN,
-                "gap_closed": None,
-                "phases": {},
-                "wall_seconds": NAN,
-                "odd": {"a": []},
-            },
-            metrics=rows,
-            warmup=rows,
-            evaluations=[{"step": 0}, {"full_accuracy": NAN, "crop_accuracy": 0.5}, {"step": 9, "full_accuracy": 0.1}],
-            examples=[example(bbox=(NAN, 0, 1, 1), image=image(900, "RGBA"), crop=image(1, "L"), answer="")],
-            traces=[
+    for i, rows in enumerate((metrics, metrics + [{"step": 6, "loss": 0.5, "seconds_rollout": NAN}], [{"loss": 1.0}])):
+        target = tmp_path / f"run{i}"
+        shutil.copytree(folder, target)
+        write_lines(target / "metrics.jsonl", rows)
+        write_lines(target / "warmup.jsonl", rows)
+        measured = [{"step": 0}, {"full_accuracy": NAN, "crop_accuracy": 0.5}, {"step": 9, "full_accuracy": 10**400}]
+        write_lines(target / "evaluations.jsonl", measured)
+        summary = {"full_accuracy_before": NAN, "gap_closed": None, "phases": {}, "wall_seconds": NAN, "odd": {"a": []}}
+        (target / "summary.json").write_text(json.dumps(summary))
+        (target / "status.json").write_text("[1]")
+        (target / "config.yaml").write_text("a: [")
+        with (target / "dropped.jsonl").open("a") as file:
+            file.write('{"reason": 3}\nnull\n{"step": 12, "id"')
+        entry = {"full": 3, "crop": {"accuracy": "x"}, "categories": [1], "metrics": 2, "by_evidence_size": {}}
+        cases = {"a": entry, "b": 7, "c": {"categories": {"x": 1, "y": {}}, "by_evidence_size": [{"low": NAN}]}}
+        (target / "results" / "odd.json").write_text(json.dumps({"results": cases, "comparison": [], "model": None}))
+        run, other = read_run(target), read_run(folder)
+        run.data_card = {"kept": None, "image_megapixels": {"edges": [1], "counts": [2]}, "sources": [3, {}], "crop": 1}
+        run.examples = Examples(
+            [example(bbox=(NAN, 0, 1, 1), image=picture(image((900, 9), "RGBA")), crop=picture(image((1, 1), "L")))],
+            [
                 trace(student_log_probs=[NAN], teacher_log_probs=[-math.inf] * 3, divergence=[NAN] * 3),
-                trace(student_top=[], teacher_top=[[("a", NAN)]], divergence=[]),
+                trace(student_top=[], teacher_top=[[("a", NAN)]], divergence=[], image=None, crop=None),
                 trace(tokens=[]),
             ],
         )
-        assert "was not measured" in page.text
-        for value in page.values("d") + page.values("points") + page.values("cx") + page.values("height"):
-            assert "nan" not in value and "inf" not in value
+        for pair in ((run, other), (other, run), (run, None), (run, run)):
+            _, page = page_of(tmp_path / "report.html", *pair)
+            for name in ("d", "points", "cx", "cy", "x", "y", "width", "height"):
+                assert not [value for value in page.values(name) if "nan" in value or "inf" in value]
+        assert "status.json: no JSON object, left out" in page.texts
+        assert "dropped.jsonl: 2 lines cut off or damaged, left out" in page.texts
+        assert "config.yaml: no YAML of options, left out" in page.texts
+
+
+def test_a_result_file_that_cannot_be_read_is_a_note(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    notes: list[str] = []
+    assert read_results(tmp_path / "a.json", notes).benchmarks == {} and notes == ["a.json: no JSON object, left out"]
+
+
+def test_the_files_of_a_quickstart_are_found_below_its_folder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "quick" / "train")
+    shutil.move(tmp_path / "quick" / "train" / "summary.json", tmp_path / "quick" / "summary.json")
+    run = read_run(tmp_path / "quick")
+    assert run.name == "quick" and run.summary == SUMMARY and len(run.metrics.steps) == 300 and run.config["seed"] == 1
+
+
+def test_a_long_run_makes_a_small_page_in_seconds(tmp_path):
+    num, rng = 100_000, np.random.default_rng(0)
+    noise = rng.normal(size=num)
+    keys = ["loss", "grad_norm", "entropy", "lr", "tokens_per_second", "seconds_rollout", "seconds_student", "other"]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(num):
+            numbers = ", ".join(f'"{key}": {i + noise[step]:.6g}' for i, key in enumerate(keys))
+            file.write(f'{{"step": {step}, {numbers}}}\n')
+    start = time.perf_counter()
+    text, _ = page_of(tmp_path / "report.html", read_run(tmp_path), read_run(tmp_path))
+    assert time.perf_counter() - start < 30
+    assert len(text) < 1_000_000
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, {}, {"full_accuracy_before": NAN, "crop_accuracy_before": 0.5}])
@@ -227,6 +358,7 @@ def test_ticks_are_round_and_inside():
     assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
     assert ticks(0.3, 0.9, 3) == pytest.approx([0.4, 0.6, 0.8])
     assert ticks(0, 2, 4, whole=True) == [0, 1, 2]
+    assert ticks(0, 11, 5, whole=True) == [0, 5, 10] and ticks(0, 110, 5, whole=True) == [0, 25, 50, 75, 100]
 
 
 def test_numbers_read_well():
@@ -240,3 +372,13 @@ def test_a_line_is_lifted_over_nan_and_long_curves_stay_small():
     steps = np.arange(20_000.0)
     chart = line_chart([Series("loss", "red", steps.tolist(), np.exp(-steps / 5000).tolist())], label="a", y_label="b")
     assert len(chart) < 25_000
+
+
+def test_the_pointer_reads_each_run_at_its_own_steps():
+    ours, theirs = np.arange(0.0, 100.0, 10.0), np.arange(0.0, 45.0, 5.0)
+    chart = line_chart(
+        [Series("a", "red", ours, ours), Series("b", "red", theirs, 2 * theirs, dashed=True)], label="a", y_label="b"
+    )
+    readings = json.loads(ElementTree.fromstring(chart).get("data-hover", ""))
+    assert readings["x"] == ours.tolist()
+    assert readings["rows"][1] == ["b", ["0", "20", "40", "60", "80", "80", *["n/a"] * 4]]

@@ -1,0 +1,132 @@
+"""Questions to a model, replies to the answers file: in batches, each question once, in the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from nemo_vopd.config import DataConfig
+from nemo_vopd.data.views import UnusableSample
+from nemo_vopd.evaluation.answers import Answer, AnswersFile, answered
+from nemo_vopd.evaluation.questions import Question
+
+AnyT = TypeVar("AnyT")
+
+
+@dataclass
+class Request:
+    """One image and what is asked about it."""
+
+    id: str
+    view: str
+    image: Image.Image
+    prompt: str
+
+
+class Model(Protocol):
+    """What can be asked; of several processes each answers every `num_shares`-th question from `share` on."""
+
+    num_shares: int
+    share: int
+    collects: bool
+    """Whether this process keeps the answers file."""
+
+    def __call__(self, requests: list[Request]) -> list[str | UnusableSample]:
+        """A reply to each request, or why it could not be put to the model."""
+        ...
+
+    def fingerprint(self) -> str | None:
+        """What tells these weights from others of the same name; None where it cannot be known."""
+        ...
+
+    def from_collector(self, value: AnyT) -> AnyT:
+        """The `value` of the process that collects, on every process."""
+        ...
+
+    def gather(self, part: AnyT) -> list[AnyT]:
+        """The parts of all shares, on every process."""
+        ...
+
+
+def ask(
+    questions: Iterable[Question],
+    model: Model,
+    file: AnswersFile | None,
+    data: DataConfig,
+    *,
+    views: tuple[str, ...],
+    batch_size: int,
+    unusable: list[str],
+    title: str,
+) -> list[Answer]:
+    """Ask `model` every question about each of its `views`; returns the answers, on every process.
+
+    `file`, where the model collects, has what was answered before and gets what is new after each batch of
+    `batch_size` questions a share, which bounds the images in memory. What cannot be shown goes to `unusable`.
+    """
+    before = model.from_collector(dict(file.answers) if file is not None else {})
+    answers: dict[tuple[str, str], Answer] = {}
+    num_before = 0
+    with tqdm(desc=title, unit=" questions", disable=not model.collects) as bar:
+        for batch in _batches(questions, batch_size * model.num_shares):
+            bar.update(len(batch))
+            wanted: list[tuple[Question, list[str]]] = []
+            for question in batch:
+                kept = {v: again for v in views if (again := _known(before.get((question.id, v)), question))}
+                answers |= {(question.id, view): answer for view, answer in kept.items()}
+                num_before += len(kept)
+                if missing := [view for view in question.views if view in views and view not in kept]:
+                    wanted.append((question, missing))
+            if not wanted:
+                continue
+            for new, reasons in model.gather(_ask_share(wanted[model.share :: model.num_shares], model, data)):
+                answers |= {(answer.id, answer.view): answer for answer in new}
+                unusable += reasons
+                if file is not None:
+                    file.write(new)
+    if num_before and model.collects:
+        print(f"{title}: {num_before} answers were there already", flush=True)
+    return list(answers.values())
+
+
+def _known(answer: Answer | None, question: Question) -> Answer | None:
+    """An earlier `answer` to the same question about the same image, with the key that `question` has now."""
+    if answer is None or answer.question != question.prompt or answer.cluster != question.cluster():
+        return None
+    return answered(question, answer.view, answer.reply, answer.evidence)
+
+
+def _batches(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
+    stream = iter(questions)
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+def _ask_share(
+    wanted: list[tuple[Question, list[str]]], model: Model, data: DataConfig
+) -> tuple[list[Answer], list[str]]:
+    """Answers to this process's questions, and what could not be shown."""
+    requests: list[Request] = []
+    asked: list[tuple[Question, float | None]] = []
+    unusable = []
+    for question, views in wanted:
+        try:
+            evidence = question.evidence_size()
+            new = [Request(question.id, view, question.image(view, data), question.prompt) for view in views]
+        except UnusableSample as reason:
+            unusable.append(f"{question.id}: {reason}")
+            continue
+        requests += new
+        asked += [(question, evidence)] * len(new)
+    answers = []
+    for (question, evidence), request, reply in zip(asked, requests, model(requests), strict=True):
+        if isinstance(reply, UnusableSample):
+            unusable.append(f"{question.id}, {request.view} view: {reply}")
+        else:
+            answers.append(answered(question, request.view, reply, evidence))
+    return answers, unusable

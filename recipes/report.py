@@ -1,0 +1,102 @@
+"""One self-contained HTML page about a run, made from the files in its folder; two folders are compared.
+
+    python recipes/report.py runs/NAME
+    python recipes/report.py runs/NAME runs/BASELINE output=compared.html
+    python recipes/report.py runs/NAME results=[after.json] baseline_results=[before.json]
+
+Any run will do: finished, running, crashed, with files missing. Results of recipes/evaluate.py in `results` of the
+run's folder are picked up by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from nemo_vopd.cli import run_recipe
+from nemo_vopd.errors import OptionError
+from nemo_vopd.evaluation.report import write_report
+from nemo_vopd.evaluation.run_files import Results, is_run, read_results, read_run
+from nemo_vopd.validation import typed
+
+
+@dataclasses.dataclass
+class ReportConfig:
+    """Options of this recipe."""
+
+    runs: list[str] = dataclasses.field(default_factory=list)
+    """The run's folder, and that of a run to compare it with; may be given as words without `runs=`."""
+    output: str | None = None
+    """The HTML file; null: report.html in the run's folder."""
+    results: list[str] = dataclasses.field(default_factory=list)
+    """JSON files of recipes/evaluate.py about this run, besides those in `results` of its folder."""
+    baseline_results: list[str] = dataclasses.field(default_factory=list)
+    """JSON files of recipes/evaluate.py to compare with; none: those of the second run."""
+
+
+ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+
+
+def main(cfg: DictConfig) -> None:
+    """Read the folders, write the page, print where it is."""
+    config = typed(cfg, ReportConfig)
+    folders = [_folder(name) for name in config.runs]
+    if not 1 <= len(folders) <= 2:
+        value = f"[{','.join(config.runs)}]"
+        raise OptionError("runs", value, "must be one folder, or two to compare", "give recipes/report.py runs/NAME")
+    output = Path(config.output) if config.output else folders[0] / "report.html"
+    if output.is_dir():
+        raise OptionError("output", output, "is a folder", f"give a file, {output / 'report.html'}")
+    baseline_paths = [Path(name) for name in config.baseline_results]
+    baseline = [_checked(path, "baseline_results") for path in baseline_paths]
+    for name in config.results:
+        _checked(Path(name), "results")
+    run = read_run(folders[0], [Path(name) for name in config.results], leave_out=baseline_paths)
+    other = read_run(folders[1]) if len(folders) > 1 else None
+    try:
+        write_report(output, run, other, baseline)
+    except OSError as error:
+        raise OptionError("output", output, f"cannot be written ({error.strerror})", "name another file") from None
+    print(output)
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise OptionError("runs", name, "is no folder", "give the exp_manager.exp_dir of a run")
+    if not is_run(folder) and not is_run(folder / "train"):
+        rule = "holds no file of a run (metrics.jsonl, status.json, ...)"
+        raise OptionError("runs", name, rule, "give the exp_manager.exp_dir of a run")
+    return folder
+
+
+def _checked(path: Path, option: str) -> Results:
+    if not path.is_file():
+        raise OptionError(option, path, "is no file", "give the JSON that recipes/evaluate.py output=FILE wrote")
+    results = read_results(path, [])
+    if not results.benchmarks:
+        raise OptionError(option, path, "holds no results", "give the JSON that recipes/evaluate.py output=FILE wrote")
+    return results
+
+
+def folders_as_option(arguments: list[str]) -> list[str]:
+    """`arguments` with the words among them, which are folders, as the option `runs`."""
+
+    def is_word(i: int) -> bool:
+        word, before = arguments[i], arguments[i - 1] if i else ""
+        takes_value = before.startswith("-") and "=" not in before
+        return not word.startswith("-") and not takes_value and ("=" not in word or Path(word).is_dir())
+
+    words = [word for i, word in enumerate(arguments) if is_word(i)]
+    rest = [word for i, word in enumerate(arguments) if not is_word(i)]
+    quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in words)
+    return [f"runs=[{quoted}]", *rest] if words else rest
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = folders_as_option(sys.argv[1:])
+    run_recipe(main, "report")

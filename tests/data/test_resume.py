@@ -1,0 +1,158 @@
+"""Preparation in processes: the same bytes whatever the number of workers, and after a kill at any moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from nemo_vopd.data.partial import partial_path
+from nemo_vopd.data.prepare import prepare
+from nemo_vopd.errors import OptionError
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_RECORDS, SHARD_SIZE = 60, 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Records of half a megapixel, every tenth unusable."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(NUM_RECORDS):
+        small = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((800, 600)).save(folder / f"{index}.jpg", quality=90)
+        box = [5, 5, 5, 9] if index % 10 == 9 else [index, 20, index + 60, 90]
+        record = {"id": f"p{index}", "image": f"{index}.jpg", "question": f"what is {index}?", "bbox": box}
+        lines.append(json.dumps(record))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder / "data.jsonl"
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "out"
+    result = prepare(source, output, shard_size=SHARD_SIZE, workers=1, progress=False, validation_fraction=0.3)
+    assert result == {"kept": 54, "dropped": {"empty_box": 6}}
+    return output
+
+
+def begin(source, output, *overrides):
+    command = [sys.executable, str(ROOT / "recipes" / "prepare_data.py"), f"source={source}", f"output={output}"]
+    command += [f"shard_size={SHARD_SIZE}", "workers=2", "validation_fraction=0.3", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_notes(process, output, count):
+    """Let `process` go on until `count` chunks are done; its workers."""
+    notes = partial_path(output) / "notes" / "all"
+    while process.poll() is None:
+        workers = psutil.Process(process.pid).children()
+        if len(list(notes.glob("*.json"))) >= count:
+            return workers
+        time.sleep(0.002)
+    pytest.fail(process.stderr.read())
+
+
+def without_crop(files):
+    """The recipe knows a crop policy, `prepare` alone does not."""
+    return {name: data for name, data in files.items() if not name.endswith(("data_card.json", "data_card.html"))}
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(source, whole, tmp_path):
+    untouched, output = tmp_path / "untouched", tmp_path / "out"
+    assert begin(source, untouched).wait(60) == 0
+    assert without_crop(tree(untouched)) == without_crop(tree(whole))
+    for count in (2, NUM_RECORDS // SHARD_SIZE):  # in the middle, and while the index is made
+        process = begin(source, output)
+        workers = wait_for_notes(process, output, count)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive, "a worker outlives its parent"
+        assert not output.exists() and partial_path(output).is_dir()
+    last = begin(source, output)
+    out, err = last.communicate(timeout=60)
+    assert last.returncode == 0 and "continues what was interrupted: 60 of 60" in out, (out, err)
+    assert tree(output) == tree(untouched)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "untouched"]
+
+
+def test_interrupted_it_says_how_to_continue(source, whole, tmp_path):
+    output = tmp_path / "out"
+    process = begin(source, output)
+    workers = wait_for_notes(process, output, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "interrupted; give the same command again to continue"
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    # with other options: refused, and what is done stays
+    with pytest.raises(OptionError, match="shard_size=6: the unfinished preparation .* was begun with 5"):
+        prepare(source, output, shard_size=6, validation_fraction=0.3, progress=False)
+    notes = len(list((partial_path(output) / "notes" / "all").iterdir()))
+    assert notes >= 2
+    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=3, progress=False)
+    assert without_crop(tree(output)) == without_crop(tree(whole))
+
+
+def test_begun_anew_only_when_asked(source, whole, tmp_path, capsys):
+    output, copy = tmp_path / "out", tmp_path / "in"
+    shutil.copytree(source.parent, copy)
+    process = begin(copy / "data.jsonl", output)
+    wait_for_notes(process, output, 1)
+    process.kill()
+    process.wait()
+    with open(copy / "data.jsonl", "a") as lines:
+        lines.write("\n" + json.dumps({"image": "0.jpg", "question": "q", "bbox": [1, 2, 30, 40]}))
+    options = {"shard_size": SHARD_SIZE, "validation_fraction": 0.3, "progress": False}
+    with pytest.raises(OptionError, match="^source=.* has changed since"):
+        prepare(copy / "data.jsonl", output, **options)
+    assert prepare(copy / "data.jsonl", output, overwrite=True, **options)["kept"] == 55
+    assert "begins anew" in capsys.readouterr().out
+
+
+def test_a_shard_cut_off_is_written_again(source, whole, tmp_path):
+    output = tmp_path / "out"
+    process = begin(source, output)
+    wait_for_notes(process, output, 4)
+    process.kill()
+    process.wait()
+    shard = sorted((partial_path(output) / "result" / "train").glob("*.tar"))[0]
+    os.truncate(shard, shard.stat().st_size // 2)
+    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=2, progress=False)
+    assert without_crop(tree(output)) == without_crop(tree(whole))
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_the_work(source, tmp_path):
+    """The limit on file sizes stands in for the disk."""
+    process = begin(source, tmp_path / "out", "shard_size=20")
+    resource = psutil.Process(process.pid)
+    resource.rlimit(psutil.RLIMIT_FSIZE, (300_000, psutil.RLIM_INFINITY))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot be written" in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists() and partial_path(tmp_path / "out").is_dir()
+
+
+def test_a_worker_that_dies_is_told(source, tmp_path):
+    process = begin(source, tmp_path / "out", "shard_size=20")
+    while not (workers := psutil.Process(process.pid).children()):
+        time.sleep(0.005)
+    workers[0].kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a process that writes shards ended" in err, err
+    assert not (tmp_path / "out").exists()
