@@ -62,6 +62,9 @@ def _lock(folder: Path, output: Path) -> int:
         except BlockingIOError:
             print(f"waiting for another process that prepares {output}", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # network file systems can be mounted without locks
+            print(f"no lock on {folder} ({error.strerror}): start one process only", file=sys.stderr, flush=True)
+            return descriptor
         try:
             current = os.stat(folder / "lock").st_ino
         except FileNotFoundError:

@@ -35,7 +35,7 @@ def table(benchmark: Benchmark | None, result: dict[str, Any], comparison: dict[
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=False))]
         lines.append("  ".join(cells).rstrip())
     if comparison is not None:
-        low, high = (_points(value) for value in comparison["interval"])
+        low, high = (f"{100 * value:+.1f}" for value in comparison["interval"])
         lines.append(f"against the baseline {_points(comparison['difference'])} ({low} to {high}), full view")
         if "gap_closed" in comparison:
             lines[-1] += f": {_percent(comparison['gap_closed'])} of its gap closed"
