@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -20,12 +20,24 @@ AnyT = TypeVar("AnyT")
 
 @dataclass
 class Request:
-    """One image and what is asked about it."""
+    """A question about one of its views; images are decoded when they are asked for, one at a time."""
 
-    id: str
+    question: Question
     view: str
-    image: Image.Image
-    prompt: str
+    data: DataConfig
+
+    @property
+    def name(self) -> str:
+        """Unique among requests."""
+        return f"{self.question.id}/{self.view}"
+
+    def image(self) -> Image.Image:
+        """The RGB image. Raises UnusableSample."""
+        return self.question.image(self.view, self.data)
+
+    def file(self) -> tuple[str, bytes]:
+        """(media type, image file), as it is stored if that shows everyone the same. Raises UnusableSample."""
+        return self.question.file(self.view, self.data)
 
 
 class Model(Protocol):
@@ -71,24 +83,28 @@ def ask(
     """
     before = model.from_collector(dict(file.answers) if file is not None else {})
     answers: dict[tuple[str, str], Answer] = {}
-    num_before = 0
+    num_before, stream = 0, iter(questions)
     with tqdm(desc=title, unit=" questions", disable=not model.collects) as bar:
-        for batch in _batches(questions, batch_size * model.num_shares):
-            bar.update(len(batch))
-            wanted: list[tuple[Question, list[str]]] = []
-            for question in batch:
+        while True:
+            mine: list[Request] = []
+            num_read = num_open = 0
+            for question in islice(stream, batch_size * model.num_shares):
+                num_read += 1
                 kept = {v: again for v in views if (again := _known(before.get((question.id, v)), question))}
                 answers |= {(question.id, view): answer for view, answer in kept.items()}
                 num_before += len(kept)
                 if missing := [view for view in question.views if view in views and view not in kept]:
-                    wanted.append((question, missing))
-            if not wanted:
-                continue
-            for new, reasons in model.gather(_ask_share(wanted[model.share :: model.num_shares], model, data)):
+                    if num_open % model.num_shares == model.share:  # the others' images are forgotten at once
+                        mine += [Request(question, view, data) for view in missing]
+                    num_open += 1
+            if not num_read:
+                break
+            for new, reasons in model.gather(_ask_share(mine, model)) if num_open else ():
                 answers |= {(answer.id, answer.view): answer for answer in new}
                 unusable += reasons
                 if file is not None:
                     file.write(new)
+            bar.update(num_read)
     if num_before and model.collects:
         print(f"{title}: {num_before} answers were there already", flush=True)
     return list(answers.values())
@@ -101,32 +117,13 @@ def _known(answer: Answer | None, question: Question) -> Answer | None:
     return answered(question, answer.view, answer.reply, answer.evidence)
 
 
-def _batches(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
-    stream = iter(questions)
-    while batch := list(islice(stream, size)):
-        yield batch
-
-
-def _ask_share(
-    wanted: list[tuple[Question, list[str]]], model: Model, data: DataConfig
-) -> tuple[list[Answer], list[str]]:
+def _ask_share(requests: list[Request], model: Model) -> tuple[list[Answer], list[str]]:
     """Answers to this process's questions, and what could not be shown."""
-    requests: list[Request] = []
-    asked: list[tuple[Question, float | None]] = []
-    unusable = []
-    for question, views in wanted:
-        try:
-            evidence = question.evidence_size()
-            new = [Request(question.id, view, question.image(view, data), question.prompt) for view in views]
-        except UnusableSample as reason:
-            unusable.append(f"{question.id}: {reason}")
-            continue
-        requests += new
-        asked += [(question, evidence)] * len(new)
-    answers = []
-    for (question, evidence), request, reply in zip(asked, requests, model(requests), strict=True):
+    answers, unusable = [], []
+    for request, reply in zip(requests, model(requests), strict=True):
         if isinstance(reply, UnusableSample):
-            unusable.append(f"{question.id}, {request.view} view: {reply}")
+            unusable.append(f"{request.question.id}, {request.view} view: {reply}")
         else:
-            answers.append(answered(question, request.view, reply, evidence))
+            evidence = request.question.evidence_size()
+            answers.append(answered(request.question, request.view, reply, evidence))
     return answers, unusable

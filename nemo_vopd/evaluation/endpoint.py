@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from openai import APIError, APIStatusError, OpenAI
-from PIL import Image
 
+from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.evaluation.options import EndpointConfig
+
+Content = list[dict[str, Any]]
 
 
 class Endpoint:
@@ -31,10 +32,21 @@ class Endpoint:
             base_url=options.url, api_key=key, timeout=options.timeout_seconds, max_retries=options.retries
         )
 
-    def ask_all(self, requests: list[list[dict[str, Any]]], max_tokens: int) -> Iterator[str]:
-        """The reply to each request (the content of one user message), greedy, in order. Raises RunError."""
+    def ask_all(self, requests: Sequence[Callable[[], Content]], max_tokens: int) -> Iterator[str | UnusableSample]:
+        """The reply to each request (it makes the content of one user message), greedy, in order.
+
+        A request that raises UnusableSample has it for a reply. Raises RunError.
+        """
+
+        def ask(request: Callable[[], Content]) -> str | UnusableSample:
+            try:
+                content = request()
+            except UnusableSample as unusable:
+                return unusable
+            return self._ask(content, max_tokens)
+
         with ThreadPoolExecutor(self.options.max_concurrent_requests) as pool:
-            futures = [pool.submit(self._ask, content, max_tokens) for content in requests]
+            futures = [pool.submit(ask, request) for request in requests]
             try:
                 for future in futures:
                     yield future.result()
@@ -42,7 +54,7 @@ class Endpoint:
                 for future in futures:
                     future.cancel()
 
-    def _ask(self, content: list[dict[str, Any]], max_tokens: int) -> str:
+    def _ask(self, content: Content, max_tokens: int) -> str:
         url, name = self.options.url, self.name
         try:
             reply = self._client.chat.completions.create(
@@ -64,12 +76,10 @@ class Endpoint:
         return reply.choices[0].message.content or ""
 
 
-def image_content(image: Image.Image) -> dict[str, Any]:
-    """`image` as a part of a message: a PNG, so that the server sees the very pixels."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+def image_content(media_type: str, file: bytes) -> dict[str, Any]:
+    """An image file as a part of a message."""
+    data = base64.b64encode(file).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{data}"}}
 
 
 def text_content(text: str) -> dict[str, Any]:

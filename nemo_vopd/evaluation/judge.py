@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nemo_vopd.evaluation.answers import Answer
-from nemo_vopd.evaluation.endpoint import Endpoint, text_content
+from nemo_vopd.evaluation.endpoint import Content, Endpoint, text_content
 from nemo_vopd.evaluation.extraction import final_answer
 from nemo_vopd.evaluation.options import JudgeConfig
 
@@ -47,10 +48,10 @@ class Judge:
         waiting = iter(todo.items())
         with tqdm(total=len(todo), desc="judge", unit=" replies", disable=not todo) as bar:
             while some := list(islice(waiting, _AT_ONCE)):
-                contents = [[text_content(question_for(answer))] for _, answer in some]
-                replies = self.endpoint.ask_all(contents, self.max_tokens)
+                requests = [partial(_content, answer) for _, answer in some]
+                replies = self.endpoint.ask_all(requests, self.max_tokens)
                 for (key, answer), reply in zip(some, replies, strict=True):
-                    if (right := read_verdict(reply)) is not None:
+                    if (right := read_verdict(str(reply))) is not None:
                         self._keep(key, answer, right)
                     bar.update()
         return [self.verdicts.get(key) for key in keys]
@@ -66,6 +67,10 @@ class Judge:
         line = {"key": key, "right": right, "id": answer.id, "view": answer.view, "reply": answer.reply}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _content(answer: Answer) -> Content:
+    return [text_content(question_for(answer))]
 
 
 def question_for(answer: Answer) -> str:

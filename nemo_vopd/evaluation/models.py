@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.evaluation.asking import Request
-from nemo_vopd.evaluation.endpoint import Endpoint, image_content, text_content
+from nemo_vopd.evaluation.endpoint import Content, Endpoint, image_content, text_content
 from nemo_vopd.evaluation.gap import greedy
 from nemo_vopd.evaluation.options import EndpointConfig
 from nemo_vopd.mcore import parallel
@@ -43,12 +44,13 @@ class NativeModel:
         for place, request in enumerate(requests):
             replies.append("")
             try:
-                views.append(self.processor.view([request.image], request.prompt, [self.pixels[request.view]]))
+                pixels = [self.pixels[request.view]]
+                views.append(self.processor.view([request.image()], request.question.prompt, pixels))
                 places.append(place)
             except UnusableSample as unusable:
                 replies[place] = unusable
-        ids = [f"{requests[place].id}/{requests[place].view}" for place in places]
-        for place, answers in zip(places, self.decoder(views, ids, self.params), strict=True):
+        names = [requests[place].name for place in places]
+        for place, answers in zip(places, self.decoder(views, names, self.params), strict=True):
             replies[place] = self.processor.decode(answers[0][0])
         return replies
 
@@ -67,6 +69,10 @@ class NativeModel:
         parts: list = [None] * self.num_shares
         dist.all_gather_object(parts, part, group=self._group)
         return parts
+
+
+def _content(request: Request) -> Content:
+    return [image_content(*request.file()), text_content(request.question.prompt)]
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -93,8 +99,7 @@ class ServedModel:
 
     def __call__(self, requests: list[Request]) -> list[str | UnusableSample]:
         """A reply to each request. Raises RunError."""
-        contents = [[image_content(request.image), text_content(request.prompt)] for request in requests]
-        return list(self.endpoint.ask_all(contents, self.max_tokens))
+        return list(self.endpoint.ask_all([partial(_content, request) for request in requests], self.max_tokens))
 
     def fingerprint(self) -> None:
         """A server does not tell."""

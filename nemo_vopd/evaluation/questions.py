@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from nemo_vopd.errors import OptionError
 
 OPTION, YES_NO, TEXT = "option", "yes_no", "text"
 _LETTERS = "ABCDEFGH"
+_ROTATION = 0x0112  # EXIF's tag
 _MARKER = re.compile(r"(?:(?<=^)|(?<=[\s,;:?.]))[(\[（]?([A-Ha-h])(?:[)\]）]|[.:：](?=\s|$))\s*")
 
 
@@ -53,21 +56,53 @@ class Question:
             return load_image(self.full)
         return load_image(self.crop) if self.crop is not None else cut_crop(load_image(self.full), self.bbox, data)
 
+    def file(self, view: str, data: DataConfig) -> tuple[str, bytes]:
+        """(media type, image file) of `view`: the stored file where every reader sees the pixels of `image` in it.
+
+        Else, and for a crop that is cut, a PNG. Raises UnusableSample.
+        """
+        stored = self.full if view == "full" else self.crop
+        if stored is not None and (media := _plain_media_type(stored)):
+            load_image(stored)  # a damaged file is told here, not by the server
+            return media, stored
+        buffer = io.BytesIO()
+        self.image(view, data).save(buffer, format="PNG", compress_level=1)
+        return "image/png", buffer.getvalue()
+
     def evidence_size(self) -> float | None:
-        """Area of the box, or of the crop where there is no box, over that of the full image. Raises UnusableSample."""
+        """Area of the box, or of the crop where there is no box, over that of the full image; None if there is neither.
+
+        The images are readable. A box that is none leaves the full view to be asked about.
+        """
         if self.bbox is None and self.crop is None:
             return None
-        width, height = load_image(self.full).size
+        width, height = _size(self.full)
         if self.bbox is not None:
-            x1, y1, x2, y2 = check_box(self.bbox, (width, height))
+            try:
+                x1, y1, x2, y2 = check_box(self.bbox, (width, height))
+            except UnusableSample:
+                return None
             return (x2 - x1) * (y2 - y1) / (width * height)
         assert self.crop is not None
-        crop = load_image(self.crop)
-        return min(1.0, crop.width * crop.height / (width * height))
+        crop_width, crop_height = _size(self.crop)
+        return min(1.0, crop_width * crop_height / (width * height))
 
     def cluster(self) -> str:
         """The same for questions about the same image: their errors are not independent."""
         return hashlib.sha256(self.full).hexdigest()[:16]
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
+
+
+def _plain_media_type(data: bytes) -> str | None:
+    """The media type of an RGB PNG, JPEG or WebP file without a rotation in its EXIF part, which readers may apply."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # Pillow raises almost anything
+        if image.format in ("PNG", "JPEG", "WEBP") and image.mode == "RGB" and image.getexif().get(_ROTATION, 1) == 1:
+            return f"image/{image.format.lower()}"
+    return None
 
 
 def parse_options(text: str) -> dict[str, str]:

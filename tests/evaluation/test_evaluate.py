@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,16 +15,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from nemo_vopd.config import DataConfig
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.task_encoder import iterate_records, parse_meta
+from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.evaluation.answers import Answer, AnswersFile, read_answers
 from nemo_vopd.evaluation.benchmarks import Scoring
 from nemo_vopd.evaluation.judge import read_verdict
 from nemo_vopd.evaluation.models import weights_fingerprint
-from nemo_vopd.evaluation.questions import classify, option_letter, parse_options
+from nemo_vopd.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.runtime.evaluation import evaluate
 from tests.evaluation.published import NUM, PUBLISHED, RIGHT, Server, png, reply, which
@@ -319,6 +323,31 @@ def test_a_data_set_with_boxes_through_a_server(boxed):
     assert shown.count((84, 56)) == NUM and (28, 28) in shown and (48, 48) in shown
 
 
+def test_images_reach_a_server_as_they_are_stored_or_as_png():
+    photo, turned, grey = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    image = Image.new("RGB", (40, 20), (200, 30, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter; boxes mean the stored pixels
+    image.save(photo, "JPEG")
+    image.save(turned, "JPEG", exif=exif)
+    image.convert("L").save(grey, "PNG")
+    data = DataConfig()
+
+    def question(full, **fields):
+        return Question("q", "?", "a", "text", full.getvalue(), **fields)
+
+    assert question(photo).file("full", data) == ("image/jpeg", photo.getvalue())
+    for stored in (turned, grey):
+        media, file = question(stored).file("full", data)
+        with Image.open(io.BytesIO(file)) as shown:
+            assert media == "image/png" and shown.size == (40, 20) and shown.mode == "RGB"
+    boxed = question(photo, bbox=[0, 0, 10, 10])
+    assert boxed.file("crop", data)[0] == "image/png" and boxed.evidence_size() == pytest.approx(100 / 800)
+    assert question(photo, bbox=[5, 5, 5, 5]).evidence_size() is None
+    with pytest.raises(UnusableSample):
+        question(io.BytesIO(photo.getvalue()[:300])).file("full", data)
+
+
 def test_native_evaluation_alone_and_over_two_ranks(assets, tmp_path):
     options = [f"model.hf_path={assets}/tiny-vlm", f"data.path={assets}/tiny-digits", "precision.dtype=fp32"]
     options += ["data.full.max_pixels=12544", "data.crop_pixels.max_pixels=3136", "rollout.max_response_length=4"]
@@ -329,7 +358,7 @@ def test_native_evaluation_alone_and_over_two_ranks(assets, tmp_path):
     assert alone.returncode == 0 and shared.returncode == 0, alone.stderr[-2000:] + shared.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "shared"))
     assert one == two and one["num_samples"] == 21
-    assert len(one["results"]["gap"]["by_evidence_size"]) == 2
+    assert one["results"]["gap"]["by_evidence_size"] == []  # all boxes have one size
     replies = [
         {(a.id, a.view): a.reply for a in read_answers(tmp_path / f"{name}.gap.answers.jsonl", "output")}
         for name in ("alone", "shared")
