@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.errors import OptionError
-from nemo_vopd.evaluation.report import write_report
-from nemo_vopd.evaluation.run_files import Results, is_run, read_results, read_run
+from nemo_vopd.report.page import write_report
+from nemo_vopd.report.run_files import Results, is_run, read_results, read_run
 from nemo_vopd.validation import typed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vopd.data.statistics import AREA_EDGES, MEGAPIXEL_EDGES, Statistics, histogram
-from nemo_vopd.evaluation.page_style import STYLE
+from nemo_vopd.report.style import STYLE
 
 _STYLE = """
 .dc-hist text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--muted); }

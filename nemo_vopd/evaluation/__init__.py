@@ -1,1 +1,1 @@
-"""Scoring, the regional-to-global gap, and the report page."""
+"""Questions to a model and what its replies are worth: benchmarks, grading, the regional-to-global gap."""

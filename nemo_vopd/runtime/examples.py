@@ -15,11 +15,11 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.task_encoder import SampleEncoder, cut_crop, iterate_records, parse_meta
 from nemo_vopd.data.views import load_image
-from nemo_vopd.evaluation.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
 from nemo_vopd.evaluation.gap import Reply, measure_gap
 from nemo_vopd.evaluation.traces import MAX_TOKENS, ResponseTrace, trace
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
 from nemo_vopd.rollout.megatron import Decoder
 
 if TYPE_CHECKING:  # whose reporter calls `keep_replies`

@@ -11,11 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging as nemo_logging
 
 from nemo_vopd.config import Config, DataConfig
-from nemo_vopd.evaluation.examples_file import Examples, write_examples
 from nemo_vopd.evaluation.gap import Gap, evaluate_directory
-from nemo_vopd.evaluation.report import gap_figure_svg, write_report
-from nemo_vopd.evaluation.run_files import read_run
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.report.examples_file import Examples, write_examples
+from nemo_vopd.report.page import gap_figure_svg, write_report
+from nemo_vopd.report.run_files import read_run
 from nemo_vopd.runtime.examples import NUM_EXAMPLES, make_examples, make_traces, read_questions
 from nemo_vopd.runtime.training import train
 from nemo_vopd.runtime.warmup import warm_up

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from nemo_vopd.evaluation.report_text import points
-from nemo_vopd.evaluation.run_files import Run
-from nemo_vopd.evaluation.svg import as_float, format_number, format_percent
-from nemo_vopd.evaluation.svg_bars import PAGE_COLOURS, PRINT_COLOURS, gap_bars
+from nemo_vopd.report.run_files import Run
+from nemo_vopd.report.svg import as_float, format_number, format_percent
+from nemo_vopd.report.svg_bars import PAGE_COLOURS, PRINT_COLOURS, gap_bars
+from nemo_vopd.report.text import points
 
 _STATUS = {
     "max_steps": "finished: all steps are done",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nemo_vopd.evaluation.svg import Frame, as_float, format_number, format_percent, log_ticks
+from nemo_vopd.report.svg import Frame, as_float, format_number, format_percent, log_ticks
 
 SIZE = (460, 290)
 _ROOM_BELOW = 58

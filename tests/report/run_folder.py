@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from nemo_vopd.evaluation.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
+from nemo_vopd.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
 
 SUMMARY = {
     "full_accuracy_before": 0.5,

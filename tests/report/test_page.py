@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from nemo_vopd.evaluation.examples_file import Answer, Examples, picture, read_examples, write_examples
-from nemo_vopd.evaluation.report import gap_figure_svg, write_report
-from nemo_vopd.evaluation.run_files import Results, Run, read_results, read_run
-from nemo_vopd.evaluation.svg import Frame, Series, format_number, line_chart, smooth, ticks
-from nemo_vopd.evaluation.svg_evidence import accuracy_chart, gap_chart, read_bins
-from tests.evaluation.run_folder import SUMMARY, example, image, results, trace, write_lines, write_run
+from nemo_vopd.report.examples_file import Answer, Examples, picture, read_examples, write_examples
+from nemo_vopd.report.page import gap_figure_svg, write_report
+from nemo_vopd.report.run_files import Results, Run, read_results, read_run
+from nemo_vopd.report.svg import Frame, Series, format_number, line_chart, smooth, ticks
+from nemo_vopd.report.svg_evidence import accuracy_chart, gap_chart, read_bins
+from tests.report.run_folder import SUMMARY, example, image, results, trace, write_lines, write_run
 
 VOID = {"meta", "img", "br"}
 NAN = float("nan")

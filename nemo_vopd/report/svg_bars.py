@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from nemo_vopd.evaluation.svg import Frame, Series, as_float, bins_of, format_number, format_percent
+from nemo_vopd.report.svg import Frame, Series, as_float, bins_of, format_number, format_percent
 
 PAGE_COLOURS = {name: f"var(--{name})" for name in ("ink", "muted", "line", "full", "crop")}
 PRINT_COLOURS = {"ink": "#1c2128", "muted": "#565f6b", "line": "#d9d7d2", "full": "#0b67a8", "crop": "#c65d00"}

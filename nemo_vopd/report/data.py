@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nemo_vopd.evaluation.report_text import count_bars, fact, facts_table, label, numeric_table, panel
-from nemo_vopd.evaluation.run_files import Run
-from nemo_vopd.evaluation.svg import as_float, format_number
-from nemo_vopd.evaluation.svg_bars import histogram
-from nemo_vopd.evaluation.svg_evidence import area_text
+from nemo_vopd.report.run_files import Run
+from nemo_vopd.report.svg import as_float, format_number
+from nemo_vopd.report.svg_bars import histogram
+from nemo_vopd.report.svg_evidence import area_text
+from nemo_vopd.report.text import count_bars, fact, facts_table, label, numeric_table, panel
 
 _PREFIX = "dropped_by_reason/"
 _UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}

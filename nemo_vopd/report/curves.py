@@ -7,11 +7,11 @@ from html import escape
 
 import numpy as np
 
-from nemo_vopd.evaluation.example_cards import legend
-from nemo_vopd.evaluation.report_text import label, numeric_table, panel, points, signed
-from nemo_vopd.evaluation.run_files import Curves, Run
-from nemo_vopd.evaluation.svg import Series, format_number, format_percent, line_chart
-from nemo_vopd.evaluation.svg_bars import stacked_chart
+from nemo_vopd.report.cards import legend
+from nemo_vopd.report.run_files import Curves, Run
+from nemo_vopd.report.svg import Series, format_number, format_percent, line_chart
+from nemo_vopd.report.svg_bars import stacked_chart
+from nemo_vopd.report.text import label, numeric_table, panel, points, signed
 
 Panel = tuple[str, str, dict[str, str]]
 _PANELS: list[Panel] = [

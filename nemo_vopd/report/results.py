@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from nemo_vopd.evaluation.example_cards import legend
-from nemo_vopd.evaluation.report_text import difference, label, number_note, numeric_table, points, signed
-from nemo_vopd.evaluation.run_files import Results
-from nemo_vopd.evaluation.svg import as_float, format_number, format_percent
-from nemo_vopd.evaluation.svg_evidence import accuracy_chart, area_text, gap_chart, interval_text, read_bins, same_sizes
+from nemo_vopd.report.cards import legend
+from nemo_vopd.report.run_files import Results
+from nemo_vopd.report.svg import as_float, format_number, format_percent
+from nemo_vopd.report.svg_evidence import accuracy_chart, area_text, gap_chart, interval_text, read_bins, same_sizes
+from nemo_vopd.report.text import difference, label, number_note, numeric_table, points, signed
 
 _NO_INTERVAL = (math.nan, math.nan)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from html import escape
 from numbers import Real
 
-from nemo_vopd.evaluation.example_cards import legend
-from nemo_vopd.evaluation.svg import as_float, format_number, format_percent
+from nemo_vopd.report.cards import legend
+from nemo_vopd.report.svg import as_float, format_number, format_percent
 
 _LABELS = {
     "full_accuracy_before": "Full-view accuracy before",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 
-from nemo_vopd.evaluation.examples_file import Answer, Box, Example, Picture, TokenTrace
-from nemo_vopd.evaluation.svg import as_float, format_number, format_percent
+from nemo_vopd.report.examples_file import Answer, Box, Example, Picture, TokenTrace
+from nemo_vopd.report.svg import as_float, format_number, format_percent
 
 LN2 = math.log(2)
 

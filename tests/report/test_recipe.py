@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.distributed import run_distributed
-from tests.evaluation.run_folder import results
 from tests.helpers import read_lines, tiny_config
+from tests.report.run_folder import results
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from nemo_vopd.evaluation.report_text import fact, facts_table, label, numeric_table
-from nemo_vopd.evaluation.run_files import Run
+from nemo_vopd.report.run_files import Run
+from nemo_vopd.report.text import fact, facts_table, label, numeric_table
 
 
 def config_section(run: Run, other: Run | None) -> str:

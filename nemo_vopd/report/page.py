@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from nemo_vopd.evaluation.example_cards import examples_section, tokens_section
-from nemo_vopd.evaluation.page_style import SCRIPT, STYLE
-from nemo_vopd.evaluation.report_config import config_section, facts_section
-from nemo_vopd.evaluation.report_curves import accuracy_section, curves_section, warmup_section
-from nemo_vopd.evaluation.report_data import data_section, drops_section
-from nemo_vopd.evaluation.report_header import gap_figure_svg, header
-from nemo_vopd.evaluation.report_results import benchmarks_section, evidence_section
-from nemo_vopd.evaluation.run_files import Results, Run
+from nemo_vopd.report.cards import examples_section, tokens_section
+from nemo_vopd.report.config import config_section, facts_section
+from nemo_vopd.report.curves import accuracy_section, curves_section, warmup_section
+from nemo_vopd.report.data import data_section, drops_section
+from nemo_vopd.report.header import gap_figure_svg, header
+from nemo_vopd.report.results import benchmarks_section, evidence_section
+from nemo_vopd.report.run_files import Results, Run
+from nemo_vopd.report.style import SCRIPT, STYLE
 
 __all__ = ["gap_figure_svg", "write_report"]
 

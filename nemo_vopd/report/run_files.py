@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nemo_vopd.evaluation.examples_file import Examples, read_examples
-from nemo_vopd.evaluation.svg import NAN, as_float
+from nemo_vopd.report.examples_file import Examples, read_examples
+from nemo_vopd.report.svg import NAN, as_float
 
 FILES = (
     "summary.json", "status.json", "metrics.jsonl", "evaluations.jsonl", "dropped.jsonl", "warmup.jsonl",

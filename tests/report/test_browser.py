@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from nemo_vopd.evaluation.report import write_report
-from nemo_vopd.evaluation.run_files import Run, read_run
-from tests.evaluation.run_folder import SUMMARY, write_run
+from nemo_vopd.report.page import write_report
+from nemo_vopd.report.run_files import Run, read_run
+from tests.report.run_folder import SUMMARY, write_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

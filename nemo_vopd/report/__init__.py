@@ -1,0 +1,1 @@
+"""The HTML page about a run, made from its files."""
