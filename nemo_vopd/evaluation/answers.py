@@ -70,12 +70,15 @@ class AnswersFile:
                 rule = f"{path.name} holds answers with {key}={found.get(key)}, asked for is {settings[key]}"
                 raise OptionError(option, path, rule, "name another output, or remove that file")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path, option)
         partial = path.with_name(path.name + ".partial")
         lines = [header, *(_line(answer) for answer in self.answers.values())]
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            partial.replace(path)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise OptionError(option, path, f"cannot be written ({error.strerror})", "name another place") from None
 
     def write(self, answers: list[Answer]) -> None:
         """Append `answers`."""
@@ -94,6 +97,13 @@ def read_answers(path: Path, option: str) -> list[Answer]:
     return list(_read(path, option)[1].values())
 
 
+def _make_folder(path: Path, option: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(option, path, f"cannot be written ({error.strerror})", "name another place") from None
+
+
 def _line(answer: Answer) -> str:
     return json.dumps(asdict(answer), ensure_ascii=False)
 
@@ -101,10 +111,12 @@ def _line(answer: Answer) -> str:
 def _read(path: Path, option: str) -> tuple[dict[str, Any], dict[tuple[str, str], Answer]]:
     try:
         text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1].splitlines()
+        complete = text[: text.rfind("\n") + 1].split("\n")[:-1]  # splitlines would cut at U+2028 in a reply
         settings = json.loads(complete[0])["settings"] if complete else {}
         answers = [Answer(**json.loads(line)) for line in complete[1:]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"is no answers file ({type(error).__name__})"
         raise OptionError(option, path, reason, "name another file, or remove that one") from None
+    if not isinstance(settings, dict):
+        raise OptionError(option, path, "is no answers file", "name another file, or remove that one")
     return settings, {(answer.id, answer.view): answer for answer in answers}

@@ -11,7 +11,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from nemo_vopd.config import DataConfig
-from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.evaluation.answers import Answer, AnswersFile, answered
 from nemo_vopd.evaluation.questions import Question
 
@@ -40,6 +39,13 @@ class Request:
         return self.question.file(self.view, self.data)
 
 
+@dataclass
+class NotAnswered:
+    """In place of a reply: why the question could not be put to the model."""
+
+    reason: str
+
+
 class Model(Protocol):
     """What can be asked; of several processes each answers every `num_shares`-th question from `share` on."""
 
@@ -48,8 +54,8 @@ class Model(Protocol):
     collects: bool
     """Whether this process keeps the answers file."""
 
-    def __call__(self, requests: list[Request]) -> list[str | UnusableSample]:
-        """A reply to each request, or why it could not be put to the model."""
+    def __call__(self, requests: list[Request]) -> Iterable[str | NotAnswered]:
+        """A reply to each request, in order, as they come."""
         ...
 
     def fingerprint(self) -> str | None:
@@ -78,8 +84,8 @@ def ask(
 ) -> list[Answer]:
     """Ask `model` every question about each of its `views`; returns the answers, on every process.
 
-    `file`, where the model collects, has what was answered before and gets what is new after each batch of
-    `batch_size` questions a share, which bounds the images in memory. What cannot be shown goes to `unusable`.
+    `file`, where the model collects, has what was answered before and gets what is new: as it comes where one process
+    asks, else after each batch of `batch_size` questions a share. What cannot be shown goes to `unusable`.
     """
     before = model.from_collector(dict(file.answers) if file is not None else {})
     answers: dict[tuple[str, str], Answer] = {}
@@ -99,11 +105,13 @@ def ask(
                     num_open += 1
             if not num_read:
                 break
-            for new, reasons in model.gather(_ask_share(mine, model)) if num_open else ():
-                answers |= {(answer.id, answer.view): answer for answer in new}
-                unusable += reasons
+            for new in _replies(mine, model) if num_open else ():
+                if isinstance(new, NotAnswered):
+                    unusable.append(new.reason)
+                    continue
+                answers[new.id, new.view] = new
                 if file is not None:
-                    file.write(new)
+                    file.write([new])
             bar.update(num_read)
     if num_before and model.collects:
         print(f"{title}: {num_before} answers were there already", flush=True)
@@ -117,13 +125,13 @@ def _known(answer: Answer | None, question: Question) -> Answer | None:
     return answered(question, answer.view, answer.reply, answer.evidence)
 
 
-def _ask_share(requests: list[Request], model: Model) -> tuple[list[Answer], list[str]]:
-    """Answers to this process's questions, and what could not be shown."""
-    answers, unusable = [], []
-    for request, reply in zip(requests, model(requests), strict=True):
-        if isinstance(reply, UnusableSample):
-            unusable.append(f"{request.question.id}, {request.view} view: {reply}")
-        else:
-            evidence = request.question.evidence_size()
-            answers.append(answered(request.question, request.view, reply, evidence))
-    return answers, unusable
+def _replies(mine: list[Request], model: Model) -> Iterable[Answer | NotAnswered]:
+    """What comes of this process's questions and those of the others, the same on every process."""
+    own = map(_answer, mine, model(mine))
+    return own if model.num_shares == 1 else [new for part in model.gather(list(own)) for new in part]
+
+
+def _answer(request: Request, reply: str | NotAnswered) -> Answer | NotAnswered:
+    if isinstance(reply, NotAnswered):
+        return NotAnswered(f"{request.question.id}, {request.view} view: {reply.reason}")
+    return answered(request.question, request.view, reply, request.question.evidence_size())

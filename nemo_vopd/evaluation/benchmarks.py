@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation import benchmark_rows as rows
-from nemo_vopd.evaluation.questions import Question
+from nemo_vopd.evaluation.questions import Question, told_apart
 from nemo_vopd.evaluation.rows import check_columns, columns_of, read_rows
 
 
@@ -221,9 +221,7 @@ def read_benchmark(benchmark: Benchmark, path: Path, unusable: list[str]) -> Ite
             except (ValueError, OSError) as error:
                 unusable.append(f"{file.name}, row {number}: {error}")
                 continue
-            count = seen[question.id] = seen.get(question.id, 0) + 1
-            if count > 1:  # some files number their questions anew in each category
-                question.id = f"{question.id}#{count}"
+            question.id = told_apart(question.id, seen)
             yield question
     if not seen:
         first = f" ({unusable[0]})" if unusable else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,13 @@ from openai import APIError, APIStatusError, OpenAI
 
 from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.evaluation.asking import NotAnswered
 from nemo_vopd.evaluation.options import EndpointConfig
 
 Content = list[dict[str, Any]]
+_REFUSES_ONE = (400, 413, 422)
+"""A prompt beyond the server's length, an image it cannot take: this question alone."""
+_MOST_REFUSED = 20
 
 
 class Endpoint:
@@ -27,22 +32,26 @@ class Endpoint:
             remedy = f"give {name}.url=http://HOST:PORT/v1 and {name}.model=NAME"
             raise OptionError(f"{name}.{missing}", None, "is needed to ask a server", remedy)
         self.options, self.name = options, name
+        self._num_answered = self._num_refused = 0
+        for noisy in ("httpx", "httpx2", "openai"):  # a line for each request
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         key = os.environ.get(options.api_key_variable, "none")
         self._client = OpenAI(
             base_url=options.url, api_key=key, timeout=options.timeout_seconds, max_retries=options.retries
         )
 
-    def ask_all(self, requests: Sequence[Callable[[], Content]], max_tokens: int) -> Iterator[str | UnusableSample]:
+    def ask_all(self, requests: Sequence[Callable[[], Content]], max_tokens: int) -> Iterator[str | NotAnswered]:
         """The reply to each request (it makes the content of one user message), greedy, in order.
 
-        A request that raises UnusableSample has it for a reply. Raises RunError.
+        NotAnswered: making a request raised UnusableSample, or the server refuses this one (too long, say). Raises
+        RunError when it refuses all of them or does not answer.
         """
 
-        def ask(request: Callable[[], Content]) -> str | UnusableSample:
+        def ask(request: Callable[[], Content]) -> str | NotAnswered:
             try:
                 content = request()
             except UnusableSample as unusable:
-                return unusable
+                return NotAnswered(str(unusable))
             return self._ask(content, max_tokens)
 
         with ThreadPoolExecutor(self.options.max_concurrent_requests) as pool:
@@ -54,8 +63,9 @@ class Endpoint:
                 for future in futures:
                     future.cancel()
 
-    def _ask(self, content: Content, max_tokens: int) -> str:
-        url, name = self.options.url, self.name
+    def _ask(self, content: Content, max_tokens: int) -> str | NotAnswered:
+        where = f"{self.name}.url={self.options.url}"
+        again = "what was answered is kept, the same command goes on"
         try:
             reply = self._client.chat.completions.create(
                 model=self.options.model or "",
@@ -64,16 +74,33 @@ class Endpoint:
                 max_tokens=max_tokens,
                 extra_body=self.options.extra_body or None,
             )
+            text = reply.choices[0].message.content or ""
+            if not isinstance(text, str):
+                raise TypeError("the content is no text")
         except APIStatusError as error:
-            reason = " ".join(str(error.message).split())[:300]
-            raise RunError(f"{name}.url={url} refuses a request (HTTP {error.status_code}: {reason})") from None
+            reason = f"HTTP {error.status_code}: {_line(error.message)}"
+            if error.status_code in _REFUSES_ONE and not self._refuses_all():
+                return NotAnswered(f"refused ({reason})")
+            if error.status_code >= 500 or error.status_code in (408, 409, 429):
+                raise RunError(f"{where} does not answer ({reason}); {again}") from None
+            key = f"; the key is read from {self.options.api_key_variable}" if error.status_code in (401, 403) else ""
+            raise RunError(f"{where} refuses a request ({reason}){key}") from None
         except APIError as error:
-            reason = " ".join(str(error.__cause__ or error.message).split())[:300]
-            again = "what was answered is kept, the same command goes on"
-            raise RunError(f"{name}.url={url} does not answer ({reason}); {again}") from None
-        if not reply.choices:
-            raise RunError(f"{name}.url={url} sent a reply without choices; is it an OpenAI-compatible endpoint?")
-        return reply.choices[0].message.content or ""
+            raise RunError(f"{where} does not answer ({_line(error.__cause__ or error.message)}); {again}") from None
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            what = f"{type(error).__name__}: {_line(error)}"
+            raise RunError(f"{where} sent what is no chat completion ({what}); does the address end in /v1?") from None
+        self._num_answered += 1
+        return text.encode("utf-8", "replace").decode()  # half a surrogate pair can be sent, but not written
+
+    def _refuses_all(self) -> bool:
+        """Whether refusals have become the rule: then the model's name or an option is wrong, not a question."""
+        self._num_refused += 1
+        return self._num_answered == 0 and self._num_refused > _MOST_REFUSED
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:300]
 
 
 def image_content(media_type: str, file: bytes) -> dict[str, Any]:

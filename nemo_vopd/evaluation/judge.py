@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.answers import Answer
 from nemo_vopd.evaluation.endpoint import Content, Endpoint, text_content
 from nemo_vopd.evaluation.extraction import final_answer
@@ -36,10 +37,7 @@ class Judge:
         self.endpoint, self.path, self.max_tokens = Endpoint(options, "judge"), path, options.max_tokens
         self.verdicts: dict[str, bool] = {}
         if path is not None and path.exists():
-            text = path.read_text(encoding="utf-8")
-            for line in text[: text.rfind("\n") + 1].splitlines():
-                verdict = json.loads(line)
-                self.verdicts[verdict["key"]] = verdict["right"]
+            self.verdicts = _read(path)
 
     def __call__(self, answers: Sequence[Answer]) -> list[bool | None]:
         """Whether each of `answers` is right; None where the judge says neither. Raises RunError when it fails."""
@@ -51,7 +49,7 @@ class Judge:
                 requests = [partial(_content, answer) for _, answer in some]
                 replies = self.endpoint.ask_all(requests, self.max_tokens)
                 for (key, answer), reply in zip(some, replies, strict=True):
-                    if (right := read_verdict(str(reply))) is not None:
+                    if (right := read_verdict(reply if isinstance(reply, str) else "")) is not None:
                         self._keep(key, answer, right)
                     bar.update()
         return [self.verdicts.get(key) for key in keys]
@@ -67,6 +65,17 @@ class Judge:
         line = {"key": key, "right": right, "id": answer.id, "view": answer.view, "reply": answer.reply}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, bool]:
+    """Earlier verdicts; a line cut off by the end of a process is left out."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        verdicts = [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
+        return {str(verdict["key"]): bool(verdict["right"]) for verdict in verdicts}
+    except (ValueError, TypeError, KeyError):
+        rule = f"{path.name} beside it is no file of verdicts"
+        raise OptionError("output", path, rule, "remove that file, or name another output") from None
 
 
 def _content(answer: Answer) -> Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.views import UnusableSample
-from nemo_vopd.evaluation.asking import Request
+from nemo_vopd.evaluation.asking import NotAnswered, Request
 from nemo_vopd.evaluation.endpoint import Content, Endpoint, image_content, text_content
 from nemo_vopd.evaluation.gap import greedy
 from nemo_vopd.evaluation.options import EndpointConfig
@@ -37,7 +38,7 @@ class NativeModel:
         self.num_shares, self.share = self._group.size(), self._group.rank()
         self.collects = parallel.is_rank_zero()
 
-    def __call__(self, requests: list[Request]) -> list[str | UnusableSample]:
+    def __call__(self, requests: list[Request]) -> list[str | NotAnswered]:
         """A reply to each request, or why the processor refuses it."""
         replies: list[Any] = []
         views, places = [], []
@@ -48,7 +49,7 @@ class NativeModel:
                 views.append(self.processor.view([request.image()], request.question.prompt, pixels))
                 places.append(place)
             except UnusableSample as unusable:
-                replies[place] = unusable
+                replies[place] = NotAnswered(str(unusable))
         names = [requests[place].name for place in places]
         for place, answers in zip(places, self.decoder(views, names, self.params), strict=True):
             replies[place] = self.processor.decode(answers[0][0])
@@ -97,9 +98,9 @@ class ServedModel:
         """Replies have at most `max_tokens` tokens. Raises OptionError."""
         self.endpoint, self.max_tokens = Endpoint(options, "server"), max_tokens
 
-    def __call__(self, requests: list[Request]) -> list[str | UnusableSample]:
-        """A reply to each request. Raises RunError."""
-        return list(self.endpoint.ask_all([partial(_content, request) for request in requests], self.max_tokens))
+    def __call__(self, requests: list[Request]) -> Iterator[str | NotAnswered]:
+        """The replies as they come. Raises RunError."""
+        return self.endpoint.ask_all([partial(_content, request) for request in requests], self.max_tokens)
 
     def fingerprint(self) -> None:
         """A server does not tell."""

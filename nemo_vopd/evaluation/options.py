@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_vopd.config import Config
@@ -80,6 +81,8 @@ def check(config: EvaluateConfig) -> None:
             value = getattr(endpoint, option)
             if not value >= least:
                 raise OptionError(f"{name}.{option}", value, f"must be at least {least:g}", f"set it to {usual}")
+    if config.output is not None and Path(config.output).is_dir():
+        raise OptionError("output", config.output, "is a folder", "give a file, output=results.json")
     if config.baseline is not None and config.output is None:
         rule = "is compared with the answers of this evaluation, which are kept only with an output"
         raise OptionError("baseline", config.baseline, rule, "give output=FILE.json")

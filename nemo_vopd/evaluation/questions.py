@@ -16,6 +16,7 @@ from nemo_vopd.data.records import check_answer, check_id, check_question
 from nemo_vopd.data.task_encoder import RawRecord, cut_crop, iterate_records, parse_meta
 from nemo_vopd.data.views import UnusableSample, check_box, load_image
 from nemo_vopd.errors import OptionError
+from nemo_vopd.evaluation.extraction import final_answer
 
 OPTION, YES_NO, TEXT = "option", "yes_no", "text"
 _LETTERS = "ABCDEFGH"
@@ -132,22 +133,33 @@ def parse_options(text: str) -> dict[str, str]:
     return options
 
 
-def option_letter(answer: str) -> str | None:
+def option_letter(answer: object) -> str | None:
     """The letter in an answer key such as B, (b), B. or B: text; None for anything else."""
+    if not isinstance(answer, str):
+        return None
     found = re.fullmatch(r"\s*[(\[（]?([A-Ha-h])(?:[)\]）.:：](?:\s.*)?)?\s*", answer, re.DOTALL)
     return found.group(1).upper() if found else None
 
 
-def stored_questions(path: str, data: DataConfig, limit: int | None = None) -> Iterator[Question]:
-    """The first `limit` records of the Energon data set `path` as questions; records that cannot be read are left out.
+def told_apart(name: str, seen: dict[str, int]) -> str:
+    """`name`, with a number from its second occurrence on: files number their questions anew in each part."""
+    count = seen[name] = seen.get(name, 0) + 1
+    return name if count == 1 else f"{name}#{count}"
+
+
+def stored_questions(path: str, data: DataConfig, unusable: list[str], limit: int | None = None) -> Iterator[Question]:
+    """The first `limit` records of the Energon data set `path` as questions; what cannot be read goes to `unusable`.
 
     Raises OptionError (data.path) at a record without an answer.
     """
+    seen: dict[str, int] = {}
     for record in iterate_records(path, limit):
         try:
             question = _stored_question(record, data)
-        except UnusableSample:
+        except UnusableSample as reason:
+            unusable.append(f"{record.__key__}: {reason}")
             continue
+        question.id = told_apart(question.id, seen)
         if question.answer == "":
             rule = f"has no answer to compare with in sample {question.id}"
             raise OptionError("data.path", path, rule, "evaluate on a data set with answers")
@@ -169,6 +181,8 @@ def classify(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
 
     The letter of an option that the question lists is read as one, and yes or no as such; all else is a text.
     """
+    if "<answer>" in answer or "boxed{" in answer:  # reasoning data sets mark the key as a reply is to mark it
+        answer = final_answer(answer) or answer
     answer = answer.strip()
     options = parse_options(question)
     letter = option_letter(answer)

@@ -44,13 +44,15 @@ def summarise(answers: Sequence[Answer], grades: Grades, scoring: Scoring, seed:
         if part:
             right = [bool(grades[a.id, a.view]) for a in part]
             low, high = interval(part, right, mean_of, seed)
-            if low == high:  # all right or all wrong: every draw is the same, which is no certainty
+            if all(right) or not any(right):  # every draw is the same, which is no certainty
                 num = len({a.cluster or a.id for a in part})
                 low, high = wilson(num if all(right) else 0, num)
             undecided = sum(grades[a.id, a.view] is None for a in part)
             accuracy = headline(part, grades, mean_of)
             result[view] = {"accuracy": accuracy, "interval": [low, high], "num_undecided": undecided}
-    result["accuracy"] = result["full"]["accuracy"] if by_view["full"] else math.nan
+            empty = sum(not a.reply.strip() for a in part)
+            result[view]["num_empty"] = empty
+    result["accuracy"] = result["full" if by_view["full"] else "crop"]["accuracy"]
     both = {a.id for a in by_view["full"]} & {a.id for a in by_view["crop"]}
     if both:
         pair = [[a for a in by_view[view] if a.id in both] for view in VIEWS]
@@ -176,8 +178,8 @@ def compare(
 
     Where the baseline has both views: "gap_closed", that difference over the baseline's gap.
     """
-    baseline = {a.id for a in theirs if a.view == "full"}
-    shared = [a for a in ours if a.view == "full" and a.id in baseline]
+    baseline = {a.id: (a.question, a.cluster) for a in theirs if a.view == "full"}
+    shared = [a for a in ours if a.view == "full" and baseline.get(a.id) == (a.question, a.cluster)]
     if not shared:
         return None
     mine, other = ([float(bool(g[a.id, "full"])) for a in shared] for g in (our_grades, their_grades))

@@ -54,6 +54,9 @@ def columns_of(path: Path, option: str = "data.path") -> list[str]:
     if path.suffix.lower() == ".parquet":
         with _told(path, option):
             return pq.read_schema(path).names
+    if path.suffix.lower() in (".tsv", ".csv"):
+        with _told(path, option), open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, delimiter=_delimiter(path)).fieldnames or [])
     return list(next(read_rows(path, (), option), {}))
 
 
@@ -101,7 +104,7 @@ def _parquet(path: Path, columns: Sequence[str], option: str) -> Iterator[dict[s
 def _separated(path: Path, columns: Sequence[str], option: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is one field
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        rows = csv.DictReader(file, delimiter=_delimiter(path))
         check_columns(rows.fieldnames or [], columns, path, option)
         pointed_at = _pointed_at(path) if "image" in columns and path.suffix.lower() == ".tsv" else set()
         images: dict[str, str] = {}
@@ -112,6 +115,10 @@ def _separated(path: Path, columns: Sequence[str], option: str) -> Iterator[dict
             if image and len(image) <= _LONGEST_POINTER:
                 row["image"] = images.get(image, "")
             yield row
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _pointed_at(path: Path) -> set[str]:

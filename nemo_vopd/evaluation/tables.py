@@ -21,6 +21,8 @@ def table(benchmark: Benchmark | None, result: dict[str, Any], comparison: dict[
     rows.append(["95% interval", "", *(_between(result[view]["interval"]) for view in views)])
     if any(result[view]["num_undecided"] for view in views):
         rows.append(["undecided, counted wrong", "", *(str(result[view]["num_undecided"]) for view in views)])
+    if any(result[view]["num_empty"] for view in views):
+        rows.append(["empty replies among them", "", *(str(result[view]["num_empty"]) for view in views)])
     for name, part in result["categories"].items():
         rows.append([f"  {name}", str(part["num_samples"]), *(_percent(part.get(view)) for view in views)])
     for part in result.get("by_evidence_size", []):

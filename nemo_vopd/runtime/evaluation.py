@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from nemo_vopd.data.task_encoder import require_dataset
+from nemo_vopd.data.task_encoder import fingerprint, require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.answers import Answer, AnswersFile, read_answers
 from nemo_vopd.evaluation.asking import Model, ask
@@ -32,6 +32,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     chosen = benchmarks(config.benchmark)
     for benchmark in chosen:
         _first(benchmark, config)  # a wrong column is told before the model is read
+        if config.baseline is not None:
+            _answers_of(config.baseline, benchmark.name if benchmark else GAP)
     judge = None if config.judge.url is None else Judge(config.judge, _beside(config, "verdicts"))
     model = _model(config)
     output: dict[str, Any] = {"model": _model_name(config), "engine": config.engine, "data": config.data.path}
@@ -43,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         if not model.collects:
             continue
         if not answers:
-            raise OptionError("data.path", config.data.path, "holds no question that can be asked", "check its images")
+            _refuse_nothing(config, unusable)
         grades = grade_all(answers, judge)
         result = summarise(answers, grades, scoring, config.seed)
         result |= {"title": benchmark.title if benchmark else "Full and crop view", "num_unusable": len(unusable)}
@@ -53,6 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             found = compare(answers, grades, theirs, grade_all(theirs, judge), scoring, config.seed)
             if found is not None:
                 output["comparison"][name] = {"baseline": config.baseline, **found}
+            else:
+                print(f"{name}: the baseline answered none of these questions", flush=True)
         print(table(benchmark, result, output["comparison"].get(name)), flush=True)
         for reason in unusable[:NUM_SHOWN]:
             print(f"  not used: {reason}", flush=True)
@@ -72,6 +76,8 @@ def _ask(
     file = None
     if model.collects and (path := _beside(config, f"{name}.answers")) is not None:
         who = {"model": _model_name(config), "weights": model.fingerprint()}
+        if benchmark is None:
+            who["data"] = fingerprint(config.data.path)
         file = AnswersFile(path, {**who, **_settings(config)})
     try:
         return ask(
@@ -87,6 +93,13 @@ def _ask(
     finally:
         if file is not None:
             file.close()
+
+
+def _refuse_nothing(config: EvaluateConfig, unusable: list[str]) -> NoReturn:
+    if config.views == ["crop"] and not unusable:
+        raise OptionError("views", config.views, "there are neither boxes nor crops", "set views=[full]")
+    first = f" ({unusable[0]})" if unusable else ""
+    raise OptionError("data.path", config.data.path, f"holds no question that can be asked{first}", "check its images")
 
 
 def _gap_lines(result: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def benchmarks(names: Any) -> Sequence[Benchmark | None]:
 
 def _questions(benchmark: Benchmark | None, config: EvaluateConfig, unusable: list[str]) -> Iterator[Question]:
     if benchmark is None:
-        return stored_questions(config.data.path, config.data)
+        return stored_questions(config.data.path, config.data, unusable)
     return read_benchmark(benchmark, Path(config.data.path), unusable)
 
 

@@ -289,10 +289,12 @@ def reply(name: str, index: int, view: str) -> str:
 
 
 class Server:
-    """An OpenAI-compatible chat endpoint; `answer(text, image)` replies, `failures` requests fail first."""
+    """An OpenAI-compatible chat endpoint; `answer(text, image)` gives a reply or an HTTP code; `failures` requests fail
+    first; `raw` (code, body) is what it sends instead."""
 
-    def __init__(self, answer: Callable[[str, Image.Image | None], str]) -> None:
+    def __init__(self, answer: Callable[[str, Image.Image | None], object]) -> None:
         self.answer, self.failures, self.requests = answer, 0, []
+        self.raw: tuple[int, object] | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -304,6 +306,8 @@ class Server:
                 if server.failures:
                     server.failures -= 1
                     return self.send(503, {"error": {"message": "busy"}})
+                if (raw := server.raw) is not None:
+                    return self.send(*raw)
                 if body["model"] == "unknown":
                     return self.send(404, {"error": {"message": "no such model"}})
                 parts = body["messages"][0]["content"]
@@ -311,15 +315,18 @@ class Server:
                 urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
                 data = base64.b64decode(urls[0].split(",", 1)[1]) if urls else None
                 image = Image.open(io.BytesIO(data)) if data else None
-                message = {"role": "assistant", "content": server.answer(text, image)}
+                said = server.answer(text, image)
+                if isinstance(said, int):
+                    return self.send(said, {"error": {"message": "this model's maximum context length is 8"}})
+                message = {"role": "assistant", "content": said}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 return self.send(
                     200,
                     {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]},
                 )
 
-            def send(self, code: int, content: dict) -> None:
-                data = json.dumps(content).encode()
+            def send(self, code: int, content: object) -> None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(code)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

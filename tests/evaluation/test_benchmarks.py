@@ -155,6 +155,9 @@ def test_a_wrong_column_set_says_which_column_is_missing(tmp_path, published):
     ):
         with pytest.raises(OptionError, match=words):
             evaluate(served("http://localhost:9/v1", f"benchmark={name}", f"data.path={path}"))
+    tsv(tmp_path / "empty" / "MMVP.tsv", index=[], image=[], question=[], A=[], B=[], answer=[])
+    with pytest.raises(OptionError, match="holds no usable question of MMVP"):
+        evaluate(served("http://localhost:9/v1", "benchmark=mmvp", f"data.path={tmp_path / 'empty'}"))
     cut = tmp_path / "cut" / "mmstar.parquet"
     cut.parent.mkdir()
     cut.write_bytes((published["mmstar", "parquet"] / "mmstar.parquet").read_bytes()[:-100])

@@ -27,6 +27,7 @@ from nemo_vopd.evaluation.answers import Answer, AnswersFile, read_answers
 from nemo_vopd.evaluation.benchmarks import Scoring
 from nemo_vopd.evaluation.judge import read_verdict
 from nemo_vopd.evaluation.models import weights_fingerprint
+from nemo_vopd.evaluation.options import check
 from nemo_vopd.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.runtime.evaluation import evaluate
@@ -117,6 +118,72 @@ def test_faults_of_a_server(vstar, tmp_path, monkeypatch):
         evaluate(served(server.url, *options, "server.retries=0"))
     with pytest.raises(OptionError, match="server.url=None: is needed"):
         evaluate(configured("engine=server", "model.hf_path=m", "benchmark=vstar", f"data.path={vstar}"))
+
+
+@pytest.mark.parametrize(
+    "raw,words",
+    [
+        ((200, b"<html>"), "sent what is no chat completion"),
+        ((200, [1]), "sent what is no chat completion"),
+        ((200, {"choices": []}), "sent what is no chat completion"),
+        ((200, {"choices": [{"message": {"role": "assistant", "content": [1]}}]}), "is no text"),
+        ((401, {"error": {"message": "who?"}}), "refuses a request .HTTP 401.*the key is read from OPENAI_API_KEY"),
+        ((500, b"oops"), "does not answer .HTTP 500.*the same command goes on"),
+    ],
+)
+def test_servers_that_speak_otherwise(raw, words, vstar):
+    with replying() as server:
+        server.raw = raw
+        with pytest.raises(RunError, match=words):
+            evaluate(served(server.url, "benchmark=vstar", f"data.path={vstar}", "server.retries=0"))
+
+
+def test_what_one_request_loses_does_not_lose_the_others(vstar, tmp_path, capsys):
+    """A question that the server refuses is left out; after a fault everything answered before it is kept."""
+
+    def answer(text, image):
+        index, view = which(image)
+        return answers.get(index, reply("vstar", index, view))
+
+    options = ["benchmark=vstar", f"data.path={vstar}", f"output={tmp_path}/out.json", "server.retries=0"]
+    options.append("server.max_concurrent_requests=1")
+    with Server(answer).running() as server:
+        answers = {4: 500}
+        with pytest.raises(RunError, match="HTTP 500"):
+            evaluate(served(server.url, *options))
+        kept = read_answers(tmp_path / "out.vstar.answers.jsonl", "output")
+        assert len(kept) == 4
+        # line ends of Unicode, half a surrogate pair and an empty reply can be kept and read again
+        answers, asked = {4: 400, 5: "B\u2028\x85\ud800"}, len(server.requests)
+        result = evaluate(served(server.url, *options))["results"]["vstar"]
+        assert len(server.requests) == asked + 2
+        assert result["num_samples"] == NUM - 1 and result["num_unusable"] == 1
+        assert "view: refused (HTTP 400: " in capsys.readouterr().out
+        answers = {4: ""}
+        result = evaluate(served(server.url, *options))["results"]["vstar"]
+        assert result["num_samples"] == NUM and result["full"]["num_empty"] == 1
+        assert "empty replies among them" in capsys.readouterr().out
+    with Server(lambda text, image: 400).running() as server:
+        with pytest.raises((RunError, OptionError), match="HTTP 400"):
+            evaluate(served(server.url, "benchmark=vstar", f"data.path={vstar}", "server.retries=0"))
+
+
+def test_places_that_cannot_be_written(vstar, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out.verdicts.jsonl").write_text("{}\n")
+    options = ["benchmark=vstar", f"data.path={vstar}"]
+    with replying() as server:
+        for more, words in (
+            ([f"output={tmp_path}/file/out.json"], "output=.*cannot be written"),
+            ([f"output={tmp_path}/out.json", f"judge.url={server.url}", "judge.model=j"], "is no file of verdicts"),
+            ([f"output={tmp_path}/new.json", f"baseline={tmp_path}/typo.json"], "baseline=.*typo.*has no answers"),
+            (["views=[crop]"], "views=.*neither boxes nor crops"),
+        ):
+            with pytest.raises(OptionError, match=words):
+                evaluate(served(server.url, *options, *more))
+        assert len(server.requests) == 0
+    with pytest.raises(OptionError, match="output=.*is a folder"):
+        check(configured("model.hf_path=m", *options, f"output={tmp_path}"))
 
 
 def test_a_judge_decides_what_rules_leave_open(tmp_path):
@@ -237,6 +304,26 @@ def test_the_share_of_the_gap_that_is_closed():
     assert found["difference"] == pytest.approx(0.4) and found["gap_closed"] == pytest.approx(0.4 / 0.7)
     full = [answer for answer in base if answer.view == "full"]
     assert "gap_closed" not in compare(ours, grade_all(ours), full, grade_all(full), Scoring())
+
+
+def test_an_interval_holds_its_accuracy():
+    """A model that always says A: equal accuracy in every cluster, so every draw is the same."""
+    answers = [
+        Answer(f"{i}/{k}", "full", "A", "AB"[k % 2], "option", {"A": "", "B": ""}, cluster=str(i))
+        for i in range(10)
+        for k in range(4)
+    ]
+    result = summarise(answers, grade_all(answers), Scoring())["full"]
+    assert result["accuracy"] == 0.5 and result["interval"] == [0.5, 0.5]
+
+
+def test_only_the_same_questions_are_compared():
+    options = {"A": "", "B": ""}
+    ours = [Answer("1", "full", "A", "A", "option", options, question="a?", cluster="x")]
+    for other in ({"question": "b?"}, {"cluster": "y"}):
+        theirs = [Answer(**{**vars(ours[0]), **other})]
+        assert compare(ours, grade_all(ours), theirs, grade_all(theirs), Scoring()) is None
+    assert compare(ours, grade_all(ours), ours, grade_all(ours), Scoring())["difference"] == 0
 
 
 def test_wilson_interval():
@@ -369,6 +456,18 @@ def test_native_evaluation_alone_and_over_two_ranks(assets, tmp_path):
     )
 
 
+def test_parts_of_a_blend_may_share_ids_and_other_data_are_refused(boxed, tmp_path):
+    parts = "".join(f"      - weight: 1\n        path: {part}\n" for part in (boxed, boxed))
+    head = "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+    (tmp_path / "blend.yaml").write_text(head + parts)
+    with Server(lambda text, image: "B").running() as server:
+        options = [f"output={tmp_path}/out.json", "views=[full]"]
+        output = evaluate(served(server.url, f"data.path={tmp_path}/blend.yaml", *options))
+        assert output["num_samples"] == 2 * NUM and output["full_accuracy"] == 1
+        with pytest.raises(OptionError, match="holds answers with data="):
+            evaluate(served(server.url, f"data.path={boxed}", *options))
+
+
 def test_records_come_in_stored_order_and_undecoded(assets):
     records = list(iterate_records(assets / "tiny-digits", 5))
     assert len(records) == 5 and all(record.image.startswith(b"\x89PNG") for record in records)
@@ -397,6 +496,10 @@ def test_options_in_a_question(text, options):
 def test_answers_of_ones_own_data_are_classified():
     options = "Which?\n(A) red\n(B) blue"
     assert classify(options, "(b)")[:2] == ("option", "B") and classify(options, "blue")[0] == "text"
+    assert classify("How many?", "<answer>0</answer>")[1] == "0" and classify(options, "\\boxed{B}")[:2] == (
+        "option",
+        "B",
+    )
     assert classify("Is it?", "Yes.") == ("yes_no", "yes", {}) and classify("What?", "B") == ("text", "B", {})
     assert [option_letter(t) for t in ("B", "(b)", "C: x", "A dog", "Blue", "")] == ["B", "B", "C", None, None, None]
 
