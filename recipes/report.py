@@ -11,6 +11,7 @@ run's folder are picked up by themselves.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def main(cfg: DictConfig) -> None:
         value = f"[{','.join(config.runs)}]"
         raise OptionError("runs", value, "must be one folder, or two to compare", "give recipes/report.py runs/NAME")
     output = Path(config.output) if config.output else folders[0] / "report.html"
-    if output.is_dir():
+    if os.path.isdir(output):
         raise OptionError("output", output, "is a folder", f"give a file, {output / 'report.html'}")
     baseline_paths = [Path(name) for name in config.baseline_results]
     baseline = [_checked(path, "baseline_results") for path in baseline_paths]
@@ -66,7 +67,7 @@ def main(cfg: DictConfig) -> None:
 
 def _folder(name: str) -> Path:
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OptionError("runs", name, "is no folder", "give the exp_manager.exp_dir of a run")
     if not is_run(folder) and not is_run(folder / "train"):
         rule = "holds no file of a run (metrics.jsonl, status.json, ...)"
@@ -75,7 +76,7 @@ def _folder(name: str) -> Path:
 
 
 def _checked(path: Path, option: str) -> Results:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise OptionError(option, path, "is no file", "give the JSON that recipes/evaluate.py output=FILE wrote")
     results = read_results(path, [])
     if not results.benchmarks:
@@ -89,7 +90,7 @@ def folders_as_option(arguments: list[str]) -> list[str]:
     def is_word(i: int) -> bool:
         word, before = arguments[i], arguments[i - 1] if i else ""
         takes_value = before.startswith("-") and "=" not in before
-        return not word.startswith("-") and not takes_value and ("=" not in word or Path(word).is_dir())
+        return not word.startswith("-") and not takes_value and ("=" not in word or os.path.isdir(word))
 
     words = [word for i, word in enumerate(arguments) if is_word(i)]
     rest = [word for i, word in enumerate(arguments) if not is_word(i)]

@@ -96,7 +96,8 @@ def _options(card: dict[str, Any], key: str) -> str:
 
 
 def _sources(card: dict[str, Any]) -> str:
-    sources = [one for one in card.get("sources") or [] if isinstance(one, dict)]
+    listed = card.get("sources")
+    sources = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     if not sources:
         return ""
     rows = []

@@ -96,7 +96,7 @@ def _num_steps(run: Run) -> int:
 
 def _progress(run: Run) -> str:
     num, of = _num_steps(run), as_float(run.status.get("max_steps"))
-    return f"{num:,} of {int(of):,}" if math.isfinite(of) else f"{num:,}"
+    return f"{format_number(num)} of {format_number(int(of))}" if math.isfinite(of) else format_number(num)
 
 
 def _status(run: Run) -> str:
@@ -113,7 +113,7 @@ def headline(run: Run) -> str:
         return _gap_headline(accuracies, as_float(run.summary.get("gap_closed")))
     first, last = _ends(run.metrics.get("loss"))
     num = _num_steps(run)
-    steps = f"{num:,} step{'s' * (num != 1)}"
+    steps = f"{format_number(num)} step{'s' * (num != 1)}"
     if not math.isfinite(first):
         return f"{steps} and no loss on record." if num else "No training step on record."
     if len(run.metrics.steps) == 1:

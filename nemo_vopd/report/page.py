@@ -30,7 +30,8 @@ def write_report(path: Path, run: Run, other: Run | None = None, baseline: Seque
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(_page(run, other, list(baseline) or (other.results if other else [])), encoding="utf-8")
+    page = _page(run, other, list(baseline) or (other.results if other else []))
+    partial.write_text(page, encoding="utf-8", errors="replace")  # JSON and file names may hold lone surrogates
     partial.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,9 @@ FILES = (
 )  # fmt: skip
 """What tells the folder of a run from another one."""
 _EXAMPLES_PER_REASON = 5
+_LARGEST_STEP = 1e12
+_DEEPEST = 50
+"""Levels of nesting that are kept: nothing that a run writes has as many."""
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Run:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds anything that a run writes."""
-    return any((folder / name).exists() for name in FILES)
+    return any(os.path.exists(folder / name) for name in FILES)
 
 
 def read_run(folder: Path, results: Iterable[Path] = (), leave_out: Iterable[Path] = ()) -> Run:
@@ -99,10 +103,10 @@ def read_run(folder: Path, results: Iterable[Path] = (), leave_out: Iterable[Pat
     notes: list[str] = []
 
     def place(name: str) -> Path:
-        return folder / name if (folder / name).exists() else folder / "train" / name
+        return folder / name if os.path.exists(folder / name) else folder / "train" / name
 
-    hidden = {path.resolve() for path in leave_out}
-    found = {path.resolve(): path for path in [*sorted((folder / "results").glob("*.json")), *results]}
+    hidden = {os.path.realpath(path) for path in leave_out}
+    found = {os.path.realpath(path): path for path in [*sorted((folder / "results").glob("*.json")), *results]}
     config = _read_yaml(place("config.yaml"), notes)
     return Run(
         name=folder.resolve().name,
@@ -115,7 +119,7 @@ def read_run(folder: Path, results: Iterable[Path] = (), leave_out: Iterable[Pat
         warmup=read_curves(place("warmup.jsonl"), notes),
         evaluations=read_curves(place("evaluations.jsonl"), notes),
         drops=_read_drops(place("dropped.jsonl"), notes),
-        results=[read_results(path, notes) for path in found.values() if path.resolve() not in hidden],
+        results=[read_results(path, notes) for real, path in found.items() if real not in hidden],
         examples=read_examples(_read_object(place("examples.json"), notes)),
         notes=notes,
     )
@@ -137,11 +141,12 @@ def read_curves(path: Path, notes: list[str]) -> Curves:
                 name = key if entry is None else f"{key}/{entry}"
                 column = columns.setdefault(name, array("d"))
                 column.extend([NAN] * (num - len(column)))
-                column.append(as_float(number))
+                if len(column) == num:  # "a/b" and "b" of "a" have one name
+                    column.append(as_float(number))
         num += 1
     arrays = {name: np.concatenate([c, np.full(num - len(c), NAN)]) for name, c in columns.items()}
     steps = arrays.pop("step", np.full(num, NAN))
-    steps = np.where(np.isfinite(steps), steps, np.arange(num, dtype=float))
+    steps = np.where(np.abs(steps) <= _LARGEST_STEP, steps, np.arange(num, dtype=float))
     order = np.argsort(steps, kind="stable")
     known = {name: column[order] for name, column in arrays.items() if np.isfinite(column).any()}
     return Curves(steps[order], known)
@@ -150,26 +155,30 @@ def read_curves(path: Path, notes: list[str]) -> Curves:
 def _read_drops(path: Path, notes: list[str]) -> Drops:
     drops = Drops()
     for row in _lines(path, notes):
-        reason = str(row.get("reason", "no reason given"))
+        reason, name, detail = (str(_shallow(row[key])) if key in row else "" for key in ("reason", "id", "detail"))
+        reason = reason or "no reason given"
         drops.counts[reason] += 1
         examples = drops.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
-            examples.append((str(row.get("id", "")), str(row.get("detail", ""))))
+            examples.append((name, detail))
     return drops
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; the others are counted in `notes`."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     num_bad = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            row = _parse(line)
-            if isinstance(row, dict):
-                yield row
-            else:
-                num_bad += bool(line.strip())
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                row = _parse(line)
+                if isinstance(row, dict):
+                    yield row
+                else:
+                    num_bad += bool(line.strip())
+    except OSError as error:
+        notes.append(f"{path.name}: cannot be read ({error.strerror})")
     if num_bad:
         notes.append(f"{path.name}: {num_bad} line{'s' * (num_bad > 1)} cut off or damaged, left out")
 
@@ -182,26 +191,51 @@ def _parse(text: str) -> object:
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
+    text = _read_text(path, notes)
+    if text is None:
         return {}
-    value = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    value = _parse(text)
     if not isinstance(value, dict):
         notes.append(f"{path.name}: no JSON object, left out")
         return {}
-    return value
+    return _shallow(value)
 
 
 def _read_yaml(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
+    text = _read_text(path, notes)
+    if text is None:
         return {}
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (yaml.YAMLError, RecursionError):
-        value = None
+        value = yaml.safe_load(text)
+        json.dumps(value, default=str, skipkeys=True)  # fails on what no text can show: cycles, endless numbers
+    except (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, TypeError, LookupError, AttributeError):
+        value = None  # the constructors of dates, numbers and the like raise errors of their own
     if not isinstance(value, dict):
         notes.append(f"{path.name}: no YAML of options, left out")
         return {}
-    return value
+    return _shallow(value)
+
+
+def _read_text(path: Path, notes: list[str]) -> str | None:
+    """The text of a file; None if there is none, with a line in `notes` if it is there but unreadable."""
+    if not os.path.isfile(path):  # unlike Path.is_file, also false for names that are too long
+        return None
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{path.name}: cannot be read ({error.strerror})")
+        return None
+
+
+def _shallow(value: Any, levels: int = _DEEPEST) -> Any:
+    """`value` with what is nested deeper than `levels` left out, so that walking it ends."""
+    if not isinstance(value, dict | list):
+        return value
+    if not levels:
+        return "..."
+    if isinstance(value, list):
+        return [_shallow(entry, levels - 1) for entry in value]
+    return {key: _shallow(entry, levels - 1) for key, entry in value.items()}
 
 
 def _data_card(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:

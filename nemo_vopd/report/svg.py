@@ -14,17 +14,25 @@ import numpy as np
 NAN = float("nan")
 MAX_BINS = 240
 """Points a curve keeps at most: more would not show in a panel of 360 px."""
+ABSURD = 1e100
+"""Numbers beyond it are damage, not measurements."""
 LARGE = 400
 """Wider charts have a row to themselves on a phone."""
+_EXPONENT_FROM = 1e15
 
 
 def as_float(value: object) -> float:
-    """`value` as a float; NaN for anything that is not a finite number, so that a hole in the data stays a hole."""
+    """`value` as a float; NaN for anything that is no number or an absurd one, so that a hole stays a hole.
+
+    Sizes beyond ABSURD count as missing and their inverses as zero: no sum, range or ratio of the rest overflows.
+    """
     # JSON may hold integers beyond the range of floats
     if not isinstance(value, Real) or (isinstance(value, int) and value.bit_length() > 1000):
         return NAN
     number = float(value)
-    return number if math.isfinite(number) else NAN
+    if not abs(number) <= ABSURD:
+        return NAN
+    return number if abs(number) >= 1 / ABSURD else 0.0
 
 
 def format_number(value: float, decimals: int | None = None) -> str:
@@ -32,9 +40,11 @@ def format_number(value: float, decimals: int | None = None) -> str:
     if not math.isfinite(value):
         return "n/a"
     size = abs(value)
-    if decimals is not None:
+    if size >= _EXPONENT_FROM:
+        text = f"{value:.3g}".replace("e+", "e")
+    elif decimals is not None:
         text = f"{value:,.{decimals}f}"
-    elif value == int(value) and size < 1e15:
+    elif value == int(value):
         text = f"{int(value):,}"
     elif size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
@@ -85,6 +95,8 @@ def tick_labels(values: list[float], percent: bool = False) -> list[str]:
     if percent:
         return [format_percent(value, 0) for value in values]
     largest = max((abs(value) for value in values), default=0.0)
+    if largest >= _EXPONENT_FROM:
+        return [format_number(value) for value in values]
     if largest >= 1e4:
         return [f"{format_number(value / 1e3)}k" if value else "0" for value in values]
     step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=largest)

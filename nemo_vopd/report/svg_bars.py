@@ -103,7 +103,7 @@ def histogram(
     parts = frame.axes(x_label, "records")
     for i, number in enumerate(numbers):
         left, right, top = frame.x(i) + 0.75, frame.x(i + 1) - 0.75, frame.y(number)
-        place = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{frame.bottom - top:.1f}"'
+        place = f'x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0.1):.1f}" height="{frame.bottom - top:.1f}"'
         parts.append(f'<rect class="column" {place}/>')
     between = [f"{low} to {high}" for low, high in zip(names, names[1:], strict=False)]
     readings = {"x": [i + 0.5 for i in range(len(numbers))], "labels": between, "name": x_label}

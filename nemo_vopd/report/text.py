@@ -53,7 +53,7 @@ def label(key: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
-    if not math.isfinite(seconds) or seconds < 60:
+    if not 60 <= seconds < 1e12:
         return f"{format_number(seconds)} s" if math.isfinite(seconds) else "n/a"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -302,6 +302,54 @@ def test_holes_in_the_data_do_not_crash(folder, tmp_path):
         assert "config.yaml: no YAML of options, left out" in page.texts
 
 
+LOSSES = [{"step": i, "loss": 1e308 * (-1) ** i, "lr": 10.0**i, "seconds_rollout": 1e308} for i in range(50)]
+TWICE = '{"step": 1, "loss": 1e-320}\n{"step": 2, "loss": 2e-320, "a/b": 1, "a": {"b": 2}}\n'
+CARDS = [
+    {"sources": 5, "kept": [[]], "bytes": 1e300, "splits": [1], "dropped": "a", "crop": 3, "options": {"a": {"b": []}}},
+    {"sources": {"a": 1}, "image_megapixels": {"edges": "ab", "counts": [1]}, "relative_box_area": [1], "with_box": {}},
+    {"sources": [{"path": 3, "layout": [], "kept": "x", "dropped": [1]}], "dropped": {"a": "b", "c": 1e99}},
+    {"image_megapixels": {"edges": [0, None, {}], "counts": ["x", 1e99], "median": []}, "bytes": -3},
+]
+RESULTS = [
+    {"results": [1, {}], "comparison": [1], "model": [1]},
+    {"results": {"a": {"accuracy": NAN, "full": {"accuracy": 1e300, "interval": "ab"}}, "b": {}, "c": []}},
+    {"results": {"a": {"title": 3, "accuracy": "x", "full": [], "crop": {"accuracy": 0.5, "interval": [{}, "x"]},
+                       "by_evidence_size": [{"low": 1e-320, "high": 1e99, "full": 1e99, "full_interval": "ab"}] * 2,
+                       "gap": [], "categories": {"a": {"full": [], "num_samples": "x"}}, "metrics": {"f1": [1]}}},
+     "comparison": {"a": {"difference": "x", "interval": 5}}},
+]  # fmt: skip
+DAMAGED = {
+    "range": ("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in LOSSES)),
+    "steps": ("metrics.jsonl", '{"step": 1e300, "loss": 1}\n{"step": -1e300, "loss": 2}\n{"step": 1e17, "loss": 3}\n'),
+    "names and subnormals": ("metrics.jsonl", TWICE),
+    "date": ("config.yaml", "a: 2020-13-45"),
+    "digits": ("config.yaml", "a: " + "1" * 5000),
+    "hexadecimal": ("config.yaml", "a: 0x" + "1" * 5000),
+    "tag": ("config.yaml", "a: !!timestamp soon"),
+    "cycle": ("config.yaml", "a: &a {b: *a}"),
+    "long path": ("config.yaml", f"data: {{path: {'a' * 5000}}}"),
+    "surrogate": ("dropped.jsonl", '{"step": 1, "id": "\\ud800", "reason": "r\\udfff", "detail": 3}'),
+    "deep": ("summary.json", '{"a": ' + "[" * 900 + "]" * 900 + "}"),
+    "progress": ("status.json", '{"step": 1e300, "max_steps": 1e99, "reason": []}'),
+    **{f"card {i}": ("data/data_card.json", json.dumps(card)) for i, card in enumerate(CARDS)},
+    **{f"results {i}": ("results/odd.json", json.dumps(one)) for i, one in enumerate(RESULTS)},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_does_not_keep_the_page_from_being_written(tmp_path, name):
+    target = write_run(tmp_path / "run", num_steps=3)
+    path, content = DAMAGED[name]
+    (target / path).write_text(content, encoding="utf-8")
+    run = read_run(target)
+    for pair in ((run, None), (run, read_run(target))):
+        _, page = page_of(tmp_path / "report.html", *pair)
+        for attribute in ("d", "points", "cx", "cy", "x", "y", "width", "height"):
+            assert not [one for one in page.values(attribute) if "nan" in one or "inf" in one]
+        # a long option is folded and wrapped; a long number would widen the page
+        assert name == "long path" or max(len(word) for text in page.texts for word in text.split()) < 120
+
+
 def test_a_result_file_that_cannot_be_read_is_a_note(tmp_path):
     (tmp_path / "a.json").write_text("{")
     notes: list[str] = []
