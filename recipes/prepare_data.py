@@ -93,6 +93,7 @@ def main(cfg: DictConfig, preview: bool) -> None:
         if value is None:
             raise OptionError(option, "???", "has no default", f"give it on the command line: {option}=...")
     check_crop(config.crop, "crop")
+    _check_preview(config)
     sources = [Path(path) for path in ([config.source] if isinstance(config.source, str) else config.source)]
     image_root = None if config.image_root is None else Path(config.image_root)
     output = Path(str(config.output))
@@ -132,6 +133,16 @@ def main(cfg: DictConfig, preview: bool) -> None:
             crop={**vars(config.crop), "min_pixels": config.crop_pixels.min_pixels},
             **record_options,
         )
+
+
+def _check_preview(config: PrepareConfig) -> None:
+    """Check what only the preview and the data card use: a mistake is told at once, not in the next command."""
+    least, most = config.crop_pixels.min_pixels, config.crop_pixels.max_pixels
+    if not 1 <= least <= most:
+        rule = f"must lie between 1 and crop_pixels.max_pixels={most}"
+        raise OptionError("crop_pixels.min_pixels", least, rule, "lower it or raise crop_pixels.max_pixels")
+    if config.preview_samples < 1:
+        raise OptionError("preview_samples", config.preview_samples, "must be at least 1", "set preview_samples=12")
 
 
 def _verify(path: str, workers: int) -> None:

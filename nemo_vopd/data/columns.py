@@ -50,12 +50,19 @@ class Columns:
                 return name, place
         return "", None
 
-    def check(self, source: object, present: Collection[str]) -> None:
-        """Raise OptionError unless `present`, the columns of `source`, have the fields that a record needs."""
+    def given(self) -> dict[str, str]:
+        """Field -> name, of those that the user names."""
+        names = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field: name for field, name in names.items() if name is not None}
+
+    def check(self, source: object, present: Collection[str], found: Collection[str]) -> None:
+        """Raise OptionError unless `present`, the columns of `source`, have the fields that a record needs.
+
+        `found` are those of the given names, with their dots, that some record has.
+        """
         there = ", ".join(sorted(present)[:40])
-        for field in (field.name for field in fields(self)):
-            given = getattr(self, field)
-            if given is not None and given.split(".")[0] not in present:
+        for field, given in self.given().items():
+            if given not in found:
                 rule = f"is no column of {source}, which has {there}"
                 raise OptionError(f"columns.{field}", given, rule, "name one of those, or null for the known names")
         for needed in (("image",), ("question",), ("bbox", "crop_image")):

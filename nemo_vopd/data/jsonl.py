@@ -44,6 +44,7 @@ class JsonlSource:
     def plan(self, chunk_size: int, columns: Columns, advance: Callable[[int], object]) -> Plan:
         """Parse every line once."""
         plan, ledger, last = Plan(), IdLedger(), 0
+        unseen = columns.given()
         with open(self.file, "rb") as file:
             for offset, number, line in _lines(file):
                 if plan.num_records % chunk_size == 0:
@@ -56,6 +57,8 @@ class JsonlSource:
                 if isinstance(values, dict):
                     if len(plan.columns) < _MAX_COLUMNS:
                         plan.columns |= values.keys()
+                    for field in [field for field in unseen if columns.find(field, values)[0]]:
+                        plan.given.add(unseen.pop(field))
                     named = columns.find("id", values)[0]
                     ledger.add(own_id(values, columns) if named else default_id(self.stem, number))
                 else:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from nemo_vopd.errors import OptionError
 
 _OPTIONS = "options.json"
+_TRIES = 100
 
 
 def partial_path(output: Path) -> Path:
@@ -48,15 +50,7 @@ def partial_folder(output: Path, options: dict[str, object], *, discard: bool) -
 def _lock(folder: Path, output: Path) -> int:
     """A descriptor that holds the lock of `folder`, made where it is missing."""
     while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has just finished and removed the folder
-            if folder.parent.is_dir():
-                continue
-            raise
-        except OSError as error:
-            raise OptionError("output", output, f"cannot be written ({error})", "choose another place") from None
+        descriptor = _open_lock(folder, output)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,6 +66,20 @@ def _lock(folder: Path, output: Path) -> int:
         if current == os.fstat(descriptor).st_ino:
             return descriptor
         os.close(descriptor)  # it was the lock of a folder that is gone
+
+
+def _open_lock(folder: Path, output: Path) -> int:
+    """The lock file of `folder`, both made where they are missing. Raises OptionError (output)."""
+    for attempt in range(_TRIES):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            # not found: another process has just finished and removed the folder, or (as in /proc) none can be made
+            if not isinstance(error, FileNotFoundError) or attempt == _TRIES - 1:
+                raise OptionError("output", output, f"cannot be written ({error})", "choose another place") from None
+        time.sleep(0.01)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _same_options(folder: Path, options: dict[str, object], discard: bool) -> None:

@@ -27,7 +27,7 @@ from nemo_vopd.data.partial import partial_folder
 from nemo_vopd.data.records import BOX_FORMATS
 from nemo_vopd.data.rows import Chunk, Plan, Source
 from nemo_vopd.data.shards import ShardJob, note_is_good, note_path
-from nemo_vopd.data.sources import open_source
+from nemo_vopd.data.sources import open_sources
 from nemo_vopd.data.statistics import Statistics, gather, total
 from nemo_vopd.data.views import MAX_IMAGE_PIXELS
 from nemo_vopd.data.worker import write_chunks
@@ -76,8 +76,8 @@ def prepare(
     check_options(options, sources, weights, shard_size=shard_size, workers=workers)
     _check_output(output, overwrite)
     parts = [
-        _Part(open_source(path, split, image_root), name if len(sources) > 1 else "")
-        for path, name in zip(sources, _names(sources), strict=True)
+        _Part(opened, name if len(sources) > 1 else "")
+        for opened, name in zip(open_sources(sources, split, image_root), _names(sources), strict=True)
     ]
     chosen = _chosen(parts, options, weights, shard_size, split, image_root)
     with partial_folder(output, chosen, discard=overwrite) as folder:
@@ -184,7 +184,7 @@ def plan_source(source: Source, chunk_size: int, options: RecordOptions, progres
     ) as bar:
         plan = source.plan(chunk_size, options.columns, bar.update)
     if plan.columns:
-        options.columns.check(source.path, plan.columns)
+        options.columns.check(source.path, plan.columns, plan.given)
     return plan
 
 
@@ -237,6 +237,8 @@ def _check_kept(part: _Part, options: RecordOptions) -> None:
     if not statistics.kept:
         reasons = ", ".join(f"{reason} {count}" for reason, count in statistics.dropped.most_common()) or "it is empty"
         rule = f"no record can be used ({reasons})"
+        for reason, _ in statistics.dropped.most_common(1):
+            rule += f", first: {' '.join(statistics.examples[reason].split())}"
         raise OptionError("source", part.source.path, rule, "check its format and paths")
     for split in _splits(options):
         if not statistics.splits().get(split):

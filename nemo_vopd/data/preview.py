@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nemo_vopd.data.intake import Prepared, RecordOptions, read_record
 from nemo_vopd.data.prepare import check_options, plan_source
 from nemo_vopd.data.rows import Plan, Source
-from nemo_vopd.data.sources import open_source
+from nemo_vopd.data.sources import open_sources
 from nemo_vopd.data.views import UnusableSample, check_box, check_sides, crop_box, load_image
 from nemo_vopd.errors import OptionError
 
@@ -55,7 +55,7 @@ def write_preview(
     check_options(options, sources, None, shard_size=1, workers=1)
     if num_samples < 1:
         raise OptionError("preview_samples", num_samples, "must be at least 1", "set preview_samples=12")
-    opened = [open_source(path, split, image_root) for path in sources]
+    opened = open_sources(sources, split, image_root)
     plans = [plan_source(source, _CHUNK, options, progress) for source in opened]
     cells: list[_Cell] = []
     tried = 0

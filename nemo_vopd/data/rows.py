@@ -48,6 +48,8 @@ class Plan:
 
     chunks: list[Chunk] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    """Those of the names that the user gives (`a.b`: inside a struct) that are there."""
     num_records: int = 0
 
 

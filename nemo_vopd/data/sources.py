@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tarfile
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
 from nemo_vopd.data.jsonl import JsonlSource
 from nemo_vopd.data.rows import Source
@@ -15,6 +16,10 @@ from nemo_vopd.errors import OptionError
 
 _FORMS = "a JSONL file, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
 _PART_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+$")
+_SPLIT = re.compile(r"(train|test|validation|val|dev|eval)(?:[-_].*)?$")
+_ARCHIVE = re.compile(r"(.+(?:\.tar(?:\.(gz|bz2|xz|zst))?|\.(tgz|zip))).*$")
+"""Its name, without what follows where it was cut into pieces (`.part-aa`, `aa`)."""
+_TAR_FLAGS = {"gz": "-xz", "tgz": "-xz", "bz2": "-xj", "xz": "-xJ", "zst": "--zstd -x"}
 
 
 def open_source(path: Path, split: str | None = None, image_root: Path | None = None) -> Source:
@@ -32,6 +37,22 @@ def open_source(path: Path, split: str | None = None, image_root: Path | None = 
     if path.suffix == ".parquet":
         return _tables(path, [path], image_root or path.parent, path.stem, "parquet")
     return JsonlSource(path, path, (image_root or path.parent).resolve())
+
+
+def open_sources(paths: Sequence[Path], split: str | None = None, image_root: Path | None = None) -> list[Source]:
+    """The sources at `paths`, as `open_source`; of several, `split` is for those that have splits."""
+    return [open_source(path, split if len(paths) == 1 or _has_splits(path) else None, image_root) for path in paths]
+
+
+def _has_splits(path: Path) -> bool:
+    if (path / "dataset_dict.json").is_file():
+        return True
+    if not path.is_dir() or (path / "state.json").is_file():
+        return False
+    lines = list(path.glob("*.jsonl"))
+    if lines:
+        return len(lines) > 1 or bool(_SPLIT.match(lines[0].stem))
+    return any(_split_of(table, path) for table in path.rglob("*.parquet"))
 
 
 def _tables(path: Path, tables: Sequence[Path], root: Path, stem: str, layout: str) -> Source:
@@ -65,21 +86,34 @@ def _choose(splits: Sequence[str], split: str | None, path: Path) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
     if split is None or split not in splits:
+        if not splits:
+            raise OptionError("split", split or "null", f"{path} has no splits", "set split=null")
         known = ", ".join(map(str, splits))
-        raise OptionError("split", split or "null", f"{path} has the splits {known}", f"set split={splits[0]}")
+        remedy = f"set split={'train' if 'train' in splits else splits[0]}"
+        raise OptionError("split", split or "null", f"{path} has the splits {known}", remedy)
     return split
 
 
 def _of_split(tables: list[Path], split: str | None, path: Path) -> list[Path]:
-    """The tables of one split, by the names that Hugging Face gives: data/train-00000-of-00004.parquet."""
+    """The tables of one split, by their names."""
     found: dict[str, list[Path]] = {}
     for table in tables:
-        match = _PART_OF_SPLIT.match(table.stem)
-        found.setdefault(match.group(1) if match else table.stem if split == table.stem else "", []).append(table)
+        found.setdefault(_split_of(table, path) or (table.stem if split == table.stem else ""), []).append(table)
     named = [name for name in found if name]
     if split is None and len(named) < 2:
         return tables
     return found[_choose(named, split, path)]
+
+
+def _split_of(table: Path, path: Path) -> str:
+    """The split that a table of the folder `path` is named after; "" for none.
+
+    Hugging Face gives the names data/train-00000-of-00004.parquet and default/train/0000.parquet.
+    """
+    for name in (table.stem, *([table.parent.name] if table.parent != path else [])):
+        if match := _PART_OF_SPLIT.match(name) or _SPLIT.match(name):
+            return match.group(1)
+    return ""
 
 
 def _saved(path: Path, folder: Path, image_root: Path | None) -> Source:
@@ -102,22 +136,57 @@ def _read_json(path: Path) -> dict:
 
 
 def _check_unpacked(root: Path) -> None:
-    """Raise OptionError when a folder of images holds nothing but the archives it is published as."""
+    """Raise OptionError when images are there only in the archives they are published as: inside or beside a folder."""
     for name in ("images", "teacher_images"):
-        folder = root / name
-        entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        archives = [entry for entry in entries if ".tar" in entry]
-        if archives and not [entry for entry in entries if entry not in archives and not entry.startswith(".")]:
-            target = root if _first_member(folder / archives[0]).startswith(f"{name}/") else folder
-            pattern = re.sub(r"(\.tar(\.gz)?).*", r"\1", archives[0])
-            remedy = f"unpack it: cat {folder}/{pattern}* | tar -xz -C {target}"
-            raise OptionError("source", root, f"has its images still packed in {name}/{archives[0]}", remedy)
+        inside = _entries(root / name)
+        packed = [entry for entry in inside if _is_archive(entry)]
+        if len(packed) < len(inside):
+            continue
+        beside = [entry for entry in _entries(root) if re.match(rf"{name}\W", entry.name) and _is_archive(entry)]
+        if archives := packed or beside:
+            rule = f"has its images still packed in {archives[0].relative_to(root)}"
+            raise OptionError("source", root, rule, f"unpack it: {_unpacking(archives, root, name)}")
 
 
-def _first_member(archive: Path) -> str:
+def _entries(folder: Path) -> list[Path]:
+    return sorted(e for e in folder.iterdir() if not e.name.startswith(".")) if folder.is_dir() else []
+
+
+def _is_archive(path: Path) -> bool:
+    return bool(_ARCHIVE.match(path.name)) and path.is_file()
+
+
+def _unpacking(archives: Sequence[Path], root: Path, name: str) -> str:
+    """The command that unpacks the first of `archives`, with the pieces it was cut into, as the folder `name`."""
+    match = _ARCHIVE.match(archives[0].name)
+    assert match is not None
+    whole = archives[0].with_name(match.group(1))
+    kind = match.group(2) or match.group(3) or "tar"
+    target = root if _first_folder(archives[0], kind) == name else root / name
+    into = shlex.quote(str(target))
+    pieces = shlex.quote(str(whole)) + ("*" if whole != archives[0] else "")
+    if kind == "zip":
+        if whole == archives[0]:
+            return f"unzip {pieces} -d {into}"
+        joined = shlex.quote(str(root / f"{name}-joined.zip"))
+        return f"cat {pieces} > {joined} && unzip {joined} -d {into}"
+    made = "" if target.is_dir() else f"mkdir -p {into} && "
+    return f"{made}cat {pieces} | tar {_TAR_FLAGS.get(kind, '-x')} -C {into}"
+
+
+def _first_folder(archive: Path, kind: str) -> str:
+    """First part of the path of the first member; "" when there is none, or it cannot be read."""
     try:
+        if kind == "zip":
+            with open(archive, "rb") as file:  # the first header, which the first of several pieces has as well
+                header = file.read(30)
+                return _first_part([file.read(int.from_bytes(header[26:28], "little")).decode(errors="replace")])
         with tarfile.open(archive, "r|*") as tar:
-            member = tar.next()
-            return member.name.removeprefix("./") if member else ""
+            return _first_part(member.name for member in tar)
     except (tarfile.TarError, OSError, EOFError, zlib.error):
         return ""
+
+
+def _first_part(members: Iterable[str]) -> str:
+    """tarfile strips the slash of a folder's entry, and "./" (`tar cf x.tar .`) has no part."""
+    return next((path.parts[0] for path in map(PurePosixPath, members) if path.parts), "")

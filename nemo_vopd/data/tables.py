@@ -52,8 +52,10 @@ class TableSource:
         plan, ledger = Plan(), IdLedger()
         for table in self.tables:
             with _readable(table):
-                names = _names(table)
+                schema = _schema(table)
+                names = set(schema.names)
                 plan.columns |= names
+                plan.given |= {name for name in columns.given().values() if _has(schema, name)}
                 for values in _values(table, 0, _num_rows(table), columns.top_level("id") & names):
                     if plan.num_records % chunk_size == 0:
                         start = plan.num_records
@@ -74,7 +76,7 @@ class TableSource:
             last = first + _num_rows(table)
             low, high = max(ordinal, first), min(stop, last)
             if low < high:
-                wanted = columns.top_level() & _names(table)
+                wanted = columns.top_level() & set(_schema(table).names)
                 values = _values(table, low - first, high - first, wanted)
                 for _ in range(low, high):
                     with _readable(table):
@@ -109,12 +111,22 @@ def _counted(table: Path, _mtime_ns: int) -> int:
     return sum(batch.num_rows for batch in _arrow_batches(table))
 
 
-def _names(table: Path) -> set[str]:
+def _schema(table: Path) -> pa.Schema:
     if _is_parquet(table):
         with pq.ParquetFile(table) as file:
-            return set(file.schema_arrow.names)
+            return file.schema_arrow
     with pa.memory_map(str(table)) as file:
-        return set(pa.ipc.open_stream(file).schema.names)
+        return pa.ipc.open_stream(file).schema
+
+
+def _has(schema: pa.Schema, name: str) -> bool:
+    """Whether `name`, whose dots lead into structs, is a column."""
+    place: pa.DataType = pa.struct(list(schema))
+    for part in name.split("."):
+        if not isinstance(place, pa.StructType) or place.get_field_index(part) < 0:
+            return False
+        place = place.field(part).type
+    return True
 
 
 def _arrow_batches(table: Path) -> Iterator[pa.RecordBatch]:

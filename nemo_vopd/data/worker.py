@@ -41,7 +41,8 @@ def write_chunks(
     queue: SimpleQueue[tuple[ShardJob, Chunk]] = SimpleQueue()
     for item in jobs:
         queue.put(item)
-    pool = [_Worker(queue, advance) for _ in range(processes)]
+    errors: list[Exception] = []  # in order of time
+    pool = [_Worker(queue, advance, errors) for _ in range(processes)]
     try:
         for worker in pool:
             worker.start()
@@ -49,23 +50,24 @@ def write_chunks(
             # short waits: a Ctrl-C must get through, and the first failure ends all
             for worker in pool:
                 worker.join(0.05)
-            if any(worker.error for worker in pool):
+            if errors:
                 break
     finally:
         for worker in pool:
             worker.stop()
-    for worker in pool:
-        if worker.error:
-            raise worker.error
+    if errors:
+        # ending the others makes errors of its own, and one may have had a reason to tell just before
+        raise next((error for error in errors if not isinstance(error, RunError)), errors[0])
 
 
 class _Worker(threading.Thread):
     """Feeds one process and listens to it."""
 
-    def __init__(self, queue: SimpleQueue[tuple[ShardJob, Chunk]], advance: Callable[[int], object]) -> None:
+    def __init__(
+        self, queue: SimpleQueue[tuple[ShardJob, Chunk]], advance: Callable[[int], object], errors: list[Exception]
+    ) -> None:
         super().__init__(daemon=True)
-        self.error: Exception | None = None
-        self._queue, self._advance = queue, advance
+        self._queue, self._advance, self._errors = queue, advance, errors
         package = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.getenv("PYTHONPATH")]))}
         self._process = subprocess.Popen(
@@ -102,9 +104,9 @@ class _Worker(threading.Thread):
                         break
                     self._advance(report["advance"])
         except BrokenPipeError:
-            self.error = RunError(_ENDED)
+            self._errors.append(RunError(_ENDED))
         except Exception as error:  # told by the main thread
-            self.error = error
+            self._errors.append(error)
 
     def stop(self) -> None:
         """End the process; a shard it is at is left to the next start."""

@@ -145,6 +145,11 @@ def test_nothing_left_leaves_nothing_behind(folder):
     source = write(folder, [{**GOOD, "image": "images/none.png"}] * 3)
     with pytest.raises(OptionError, match="no record can be used .missing_image 3"):
         prepare(source, folder / "out", progress=False)
+    source = write(folder, [{**GOOD, "image": "images/none.png"}, *["{no\\t"] * 2])
+    words = r"no record can be used .malformed_record 2, missing_image 1., first: line 2: not JSON: .*; check"
+    with pytest.raises(OptionError, match=words) as caught:
+        prepare(source, folder / "out", progress=False)
+    assert "\n" not in str(caught.value)
     assert {path.name for path in folder.iterdir()} == {"in", "secret.png"}
 
 

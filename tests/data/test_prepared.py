@@ -306,6 +306,9 @@ def test_recipe_previews_and_verifies(folder, dataset, tmp_path):
     for arguments, words in (
         (["verify=copy"], "error: verify=copy: shard-000001.tar has 100 bytes in place of"),
         ([f"source={folder}", "output=o", "crop.max_aspect=2"], "crop.max_aspect=2.0: has no effect on square crops"),
+        ([f"source={folder}", "output=o", "preview_samples=0"], "preview_samples=0: must be at least 1"),
+        ([f"source={folder}", "output=o", "crop_pixels.min_pixels=0"], "crop_pixels.min_pixels=0: must lie between 1"),
+        ([f"source={folder}", "output=o", "crop_pixels.max_pixels=9"], "crop_pixels.min_pixels=3136: must lie between"),
         (["source=[in,none]", "output=o"], "source=none: is not a file or folder"),
         (["source=in", "output=o", "columns.image=photo"], "columns.image=photo: is no column of in"),
     ):

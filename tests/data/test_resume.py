@@ -14,9 +14,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from nemo_vopd.data import partial, worker
 from nemo_vopd.data.partial import partial_path
 from nemo_vopd.data.prepare import prepare
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RECORDS, SHARD_SIZE = 60, 5
@@ -156,3 +157,43 @@ def test_a_worker_that_dies_is_told(source, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "a process that writes shards ended" in err, err
     assert not (tmp_path / "out").exists()
+
+
+WAITS = "import time; time.sleep(60)"
+ENDS = "pass"
+REFUSES = 'print(\'{"refused": ["source", "f", "cannot be read", "copy it"]}\')'
+DISK_FULL = 'print(\'{"error": [28, "No space left on device"]}\')'
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ((WAITS, REFUSES), (OptionError, "cannot be read")),
+        ((WAITS, DISK_FULL, WAITS), (OSError, "No space left")),
+        ((WAITS, ENDS), (RunError, "a process that writes shards ended")),
+    ],
+)
+def test_the_first_failure_is_told(monkeypatch, codes, expected):
+    """Not that of the others, which end because of it."""
+    popen, left = subprocess.Popen, list(codes)
+
+    def start(_command, **options):
+        return popen([sys.executable, "-S", "-c", left.pop(0)], **options)
+
+    def stop(self, stop=worker._Worker.stop):
+        stop(self)
+        self.join()
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(worker._Worker, "stop", stop)
+    kind, words = expected
+    with pytest.raises(kind, match=words):
+        worker.write_chunks([(0, 0)] * 9, len(codes), lambda _: None, in_process=False)  # type: ignore[list-item]
+
+
+def test_a_place_where_no_folder_can_be_made(source, monkeypatch):
+    """/proc says that a new folder is not found, while its parent is there."""
+    monkeypatch.setattr(partial, "_TRIES", 3)
+    for output in ("/proc/zz", "/proc/zz/deep"):
+        with pytest.raises(OptionError, match=f"output={output}: cannot be written"):
+            prepare(source, Path(output), progress=False)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,6 +95,129 @@ def test_images_that_are_still_packed(folder, prefix):
     with pytest.raises(OptionError, match="still packed in images/images.tar.gz.part-aa") as caught:
         prepare(folder / "in", folder / "out", progress=False)
     assert caught.value.remedy == f"unpack it: cat {images}/images.tar.gz* | tar -xz -C {target}"
+
+
+def pack(folder, how):
+    """`folder` (images) in an archive, as `how` says; (archive, beginning of the remedy) of what is left."""
+    root, name = folder.parent, folder.name
+    if how == "folder's entry":
+        archive = folder / "x.tar.gz"
+        with tarfile.open(archive.with_suffix(".new"), "w:gz") as tar:
+            tar.add(folder, name, filter=lambda entry: None if entry.name.endswith(".new") else entry)
+        remedy = f"cat {archive} | tar -xz -C {root}"
+    elif how == "plain, of the files":
+        archive = root / f"{name}.tar"
+        with tarfile.open(archive, "w") as tar:
+            tar.add(folder, ".")
+        remedy = f"mkdir -p {folder} && cat {archive} | tar -x -C {folder}"
+    else:
+        archive = (folder if "inside" in how else root) / f"{name}.zip"
+        prefix = f"{name}/" if "folder" in how else ""
+        with zipfile.ZipFile(archive.with_suffix(".new"), "w") as file:
+            for image in sorted(folder.glob("*.jpg")):
+                file.write(image, prefix + image.name)
+        remedy = f"unzip {archive} -d {root if prefix else folder}"
+    for image in folder.glob("*.jpg"):
+        image.unlink()
+    if archive.parent == root:
+        shutil.rmtree(folder)
+    if archive.with_suffix(".new").exists():
+        archive.with_suffix(".new").rename(archive)
+    return archive, remedy
+
+
+HOW_PACKED = [
+    "folder's entry",
+    "plain, of the files",
+    "zip inside",
+    "zip inside, with folder",
+    "zip beside, with folder",
+]
+
+
+@pytest.mark.parametrize("name", ["images", "teacher_images"])
+@pytest.mark.parametrize("how", HOW_PACKED)
+def test_the_remedy_unpacks(folder, how, name):
+    lines(folder / "in" / "train.jsonl", map(six_k, range(NUM)))
+    archive, remedy = pack(folder / "in" / name, how)
+    with pytest.raises(OptionError, match=f"still packed in {archive.relative_to(folder / 'in')};") as caught:
+        prepare(folder / "in", folder / "out", progress=False)
+    assert caught.value.remedy == f"unpack it: {remedy}"
+    if remedy.startswith("unzip"):  # which need not be here
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(remedy.split()[-1])
+    else:
+        subprocess.run(remedy, shell=True, check=True)
+    check(folder / "in", folder / "out")
+
+
+def test_a_zip_in_pieces(folder):
+    lines(folder / "in" / "train.jsonl", map(six_k, range(NUM)))
+    archive, _ = pack(folder / "in" / "images", "zip beside, with folder")
+    archive.with_name("images.zip.001").write_bytes(archive.read_bytes()[:2000])
+    archive.with_name("images.zip.002").write_bytes(archive.read_bytes()[2000:])
+    archive.unlink()
+    with pytest.raises(OptionError) as caught:
+        prepare(folder / "in", folder / "out", progress=False)
+    joined = f"{folder}/in/images-joined.zip"
+    assert caught.value.remedy == f"unpack it: cat {archive}* > {joined} && unzip {joined} -d {folder}/in"
+
+
+def split_tables(folder, *names):
+    """A parquet folder with files of one row, which differ in their answer: the file's name."""
+    for name in names:
+        row = {"image": FULL[0], "question": "q", "bbox": BOXES[0], "answer": name}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row]), folder / name)
+    return folder
+
+
+def answers(output):
+    return [json.loads(part["json"])["answer"] for part in stored(output).values()]
+
+
+@pytest.mark.parametrize(
+    ("test", "train"),
+    [("test.parquet", "train.parquet"), ("dev_1.parquet", "train-a.parquet"), ("c/val/0.parquet", "c/train/0.parquet")],
+)
+def test_splits_by_their_names(folder, test, train):
+    source = split_tables(folder / "hub", test, train)
+    with pytest.raises(OptionError, match="split=null: .* has the splits .*train.*; set split=train$"):
+        prepare(source, folder / "out", progress=False)
+    prepare(source, folder / "out", split="train", progress=False)
+    assert answers(folder / "out") == [train]
+
+
+def test_names_that_tell_of_no_split(folder):
+    source = split_tables(folder / "hub", "trains.parquet", "tested.parquet")
+    with pytest.raises(OptionError, match="split=dev: .* has no splits; set split=null"):
+        prepare(source, folder / "out", split="dev", progress=False)
+    assert prepare(source, folder / "out", progress=False)["kept"] == 2
+
+
+def test_split_is_for_the_sources_that_have_splits(folder):
+    hub = split_tables(folder / "hub", "test.parquet", "train.parquet")
+    none = split_tables(folder / "none", "part.parquet")
+    lines(folder / "in" / "data.jsonl", map(six_k, range(NUM)))
+    sources = [hub, none, folder / "in", folder / "in" / "data.jsonl"]
+    prepare(sources, folder / "out", split="test", progress=False)
+    counts = [len(answers(folder / "out" / name)) for name in ("hub", "none", "in", "data")]
+    assert answers(folder / "out" / "hub") == ["test.parquet"] and counts == [1, 1, NUM, NUM]
+    (folder / "in" / "data.jsonl").rename(folder / "in" / "train.jsonl")
+    with pytest.raises(OptionError, match="is a folder with train.jsonl"):
+        prepare([hub, folder / "in"], folder / "2", split="test", progress=False)
+
+
+@pytest.mark.parametrize("form", ["own.jsonl", "own.parquet"])
+def test_fields_of_structs_must_be_there(folder, form):
+    rows = [{"image": f"images/{i}.jpg", "question": "q", "bbox": BOXES[i], "more": {"gold": "g"}} for i in range(NUM)]
+    source = folder / "in" / form
+    pq.write_table(pa.Table.from_pylist(rows), source) if form == "own.parquet" else lines(source, [{}, *rows])
+    for name in ("more.nope", "more.gold.deep", "question.gold", "nope.gold"):
+        with pytest.raises(OptionError, match=f"columns.answer={name}: is no column of .*bbox, image, more"):
+            prepare(source, folder / "out", columns=Columns(answer=name), progress=False)
+    prepare(source, folder / "out", columns=Columns(answer="more.gold"), progress=False)
+    assert answers(folder / "out") == ["g"] * NUM
 
 
 def test_the_parquet_that_training_code_derives(folder):
