@@ -7,6 +7,7 @@ and Megatron among it), and one whose parent was killed finds its pipe closed an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -88,8 +89,10 @@ class _Worker(threading.Thread):
                 except Empty:
                     return
                 data = pickle.dumps(item)
-                stdin.write(len(data).to_bytes(8, "big") + data)
-                stdin.flush()
+                # where the process has ended, what it said before is still to be read
+                with contextlib.suppress(BrokenPipeError):
+                    stdin.write(len(data).to_bytes(8, "big") + data)
+                    stdin.flush()
                 while True:
                     line = stdout.readline()
                     if not line:
@@ -103,8 +106,6 @@ class _Worker(threading.Thread):
                     if "done" in report:
                         break
                     self._advance(report["advance"])
-        except BrokenPipeError:
-            self._errors.append(RunError(_ENDED))
         except Exception as error:  # told by the main thread
             self._errors.append(error)
 

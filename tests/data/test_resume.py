@@ -178,7 +178,12 @@ def test_the_first_failure_is_told(monkeypatch, codes, expected):
     popen, left = subprocess.Popen, list(codes)
 
     def start(_command, **options):
-        return popen([sys.executable, "-S", "-c", left.pop(0)], **options)
+        code = left.pop(0)
+        process = popen([sys.executable, "-S", "-c", code], **options)
+        if code != WAITS:  # it has ended before a job can be written to it
+            while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+        return process
 
     def stop(self, stop=worker._Worker.stop):
         stop(self)
