@@ -26,18 +26,6 @@ from nemo_vopd.validation import check_crop, typed
 
 
 @dataclass
-class ColumnsConfig:
-    """Names of the columns (JSON keys) of a record; null takes those that are known (docs/data.md)."""
-
-    image: str | None = None
-    crop_image: str | None = None
-    question: str | None = None
-    bbox: str | None = None
-    answer: str | None = None
-    id: str | None = None
-
-
-@dataclass
 class PrepareConfig:
     """Options of this recipe."""
 
@@ -45,7 +33,8 @@ class PrepareConfig:
     """JSONL file, folder (Vision-OPD-6K, parquet files, a data set of `save_to_disk`), parquet file, or a list."""
     output: str | None = None
     """New directory of the Energon data set."""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    columns: Columns = field(default_factory=Columns)
+    """Names of the columns (JSON keys) of a record; null takes those that are known (docs/data.md)."""
     bbox_format: str = "xyxy"
     """xyxy | xywh | xyxy_unit | xyxy_1000: pixels, corner and size in pixels, fractions of the sides, thousandths."""
     split: str | None = None
@@ -98,7 +87,7 @@ def main(cfg: DictConfig, preview: bool) -> None:
     image_root = None if config.image_root is None else Path(config.image_root)
     output = Path(str(config.output))
     record_options = {
-        "columns": Columns(**vars(config.columns)),
+        "columns": config.columns,
         "bbox_format": config.bbox_format,
         "max_image_pixels": config.max_image_pixels,
         "hint": config.hint,

@@ -19,7 +19,7 @@ _KNOWN = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Columns:
     """Name of the column of each field; null takes the first that is there of the known ones.
 

@@ -30,7 +30,7 @@ _FILE, _FIRST_REPLIES = "examples.json", "first_replies.json"
 
 
 @dataclass
-class Question:
+class ShownSample:
     """A usable record of a data set: its prompts, and its images as a person sees them."""
 
     sample: Sample
@@ -40,7 +40,7 @@ class Question:
     text: str
 
 
-def read_questions(path: str | Path, data: DataConfig, processor: Processor, num_records: int) -> list[Question]:
+def read_questions(path: str | Path, data: DataConfig, processor: Processor, num_records: int) -> list[ShownSample]:
     """The usable ones among the first `num_records` records of the Energon data set `path`, crop beside full image."""
     encode, questions = SampleEncoder(data, "crop", processor), []
     for record in iterate_records(path, num_records):
@@ -50,11 +50,11 @@ def read_questions(path: str | Path, data: DataConfig, processor: Processor, num
             assert record.image is not None
             image, bbox = load_image(record.image), meta.get("bbox")
             crop = load_image(record.crop) if record.crop is not None else cut_crop(image, bbox, data)
-            questions.append(Question(sample, image, crop, tuple(bbox) if bbox else None, str(meta["question"])))
+            questions.append(ShownSample(sample, image, crop, tuple(bbox) if bbox else None, str(meta["question"])))
     return questions
 
 
-def make_examples(questions: list[Question], before: list[Reply], after: list[Reply]) -> list[Example]:
+def make_examples(questions: list[ShownSample], before: list[Reply], after: list[Reply]) -> list[Example]:
     """A card for each question; replies find their question by its id, and may be missing."""
     first, last = ({reply.id: reply for reply in replies} for replies in (before, after))
     examples = []
@@ -74,7 +74,9 @@ def _said(reply: Reply | None) -> tuple[Answer | None, Answer | None]:
     return Answer(reply.full, reply.full_correct), Answer(reply.crop, reply.crop_correct)
 
 
-def make_traces(model: VisionOPDModel, questions: list[Question], student: Stage, teacher: Stage) -> list[TokenTrace]:
+def make_traces(
+    model: VisionOPDModel, questions: list[ShownSample], student: Stage, teacher: Stage
+) -> list[TokenTrace]:
     """A response of `student` to the full image of each question, sampled as in training, scored by both.
 
     Every rank of a model-parallel group takes part.
@@ -92,7 +94,7 @@ def make_traces(model: VisionOPDModel, questions: list[Question], student: Stage
     return [_token_trace(question, one) for question, one in zip(questions, traced, strict=True)]
 
 
-def _token_trace(question: Question, one: ResponseTrace) -> TokenTrace:
+def _token_trace(question: ShownSample, one: ResponseTrace) -> TokenTrace:
     numbers = one.student.log_probs, one.teacher.log_probs, one.divergence, one.student.top, one.teacher.top
     return TokenTrace(picture(question.image), picture(question.crop), question.text, one.tokens, *numbers)
 

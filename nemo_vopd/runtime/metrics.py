@@ -89,11 +89,6 @@ def _step(line: str) -> float:
         return math.inf  # a line cut off by a crash
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 class ProgressBar(TQDMProgressBar):
     """Step, loss, response length and tokens a second on one live line."""
 

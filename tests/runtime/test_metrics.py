@@ -3,7 +3,8 @@
 import json
 import math
 
-from nemo_vopd.runtime.metrics import MetricsFile, Timers, read_metrics
+from nemo_vopd.runtime.metrics import MetricsFile, Timers
+from tests.helpers import read_lines
 
 
 def test_a_restart_takes_its_own_steps_out_and_keeps_the_earlier_ones(tmp_path):
@@ -15,9 +16,9 @@ def test_a_restart_takes_its_own_steps_out_and_keeps_the_earlier_ones(tmp_path):
         file.write('{"step": 4, "lo')  # cut off by a crash
     again = MetricsFile(path, 2)
     again.write({"step": 2, "loss": 2.0})
-    assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+    assert [(m["step"], m["loss"]) for m in read_lines(path)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
     MetricsFile(path, 0)
-    assert read_metrics(path) == []
+    assert read_lines(path) == []
 
 
 def test_non_finite_numbers_are_null(tmp_path):
