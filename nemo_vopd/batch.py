@@ -140,7 +140,7 @@ class MicroBatch:
     pixel_values: Tensor
     """[N, D] float32, the images of each prompt once, in the order of `packing.patches`."""
     grid_thw: Tensor
-    """[num_images, 3] int64."""
+    """[num_images, 3] int64, in host memory."""
     response_rows: Tensor
     """[T] int64: indices into the hidden states [S, 1, H]."""
     response_tokens: Tensor
@@ -149,13 +149,14 @@ class MicroBatch:
     """[T] float32: the engine's log p of those tokens."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """A copy on `device`, its patches excepted: they follow one microbatch at a time (`mcore.schedule`).
+        """A copy on `device`, its images excepted.
 
-        Those of a whole step would take 24 MB for each sequence with an image of a million pixels.
+        Their patches follow one microbatch at a time (`mcore.schedule`): those of a whole step would take 24 MB for
+        each sequence with an image of a million pixels. Their grids are read by the host, which would wait for them.
         """
-        others = {name: value for name, value in vars(self).items() if name != "pixel_values"}
-        moved = {name: value.to(device, non_blocking=True) for name, value in others.items()}
-        return MicroBatch(pixel_values=self.pixel_values, **moved)
+        images = {"pixel_values": self.pixel_values, "grid_thw": self.grid_thw}
+        others = {name: value for name, value in vars(self).items() if name not in images}
+        return MicroBatch(**images, **{name: value.to(device, non_blocking=True) for name, value in others.items()})
 
 
 def collate(rollouts: list[Rollout], views: list[View], pad_token_id: int, pad_multiple: int = 1) -> MicroBatch:

@@ -17,9 +17,21 @@ from torch import Tensor
 
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
+from nemo_vopd.gemm import add_product_, product
 
-CHUNK_BYTES = 160 * 2**20
-"""Float32 logits of one chunk on one rank; two tensors of this size exist at one time (more without a top-k)."""
+_CPU_CHUNK_BYTES = 160 * 2**20
+"""Float32 logits of one chunk on a CPU."""
+_GPU_CHUNK_TOKENS = 1024
+"""A chunk on a GPU. The gradient of the head is read and written once for each: 8 bytes a weight, in the time of which
+a Hopper GPU computes the products of some 700 tokens. With fewer it would wait for memory."""
+
+
+def default_chunk_tokens(rows_of_head: int, device: str) -> int:
+    """Rows whose logits exist at one time on a "cpu" or "cuda" device that holds `rows_of_head` rows of the head.
+
+    Two float32 tensors of this size exist at one time, more without a top-k.
+    """
+    return _GPU_CHUNK_TOKENS if device == "cuda" else max(1, _CPU_CHUNK_BYTES // (4 * rows_of_head))
 
 
 @dataclass
@@ -76,7 +88,7 @@ def fused_linear_jsd(
         top_k: size of the student's support, None for the full vocabulary.
         add_tail: append the remaining mass as one class.
         temperature: logits are divided by it before anything else (the rollout's temperature).
-        chunk_tokens: rows whose logits exist at one time; None takes what fits `CHUNK_BYTES` of logits.
+        chunk_tokens: rows whose logits exist at one time; None means `default_chunk_tokens`.
         tp_group: the group the vocabulary is split over; None means one process and the whole vocabulary.
         tokens: [T] int64, the sampled tokens, for log-probs and importance weights.
         rollout_log_probs: [T], the engine's log p of `tokens`.
@@ -100,7 +112,7 @@ def fused_linear_jsd(
         raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocab_size}")
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     if chunk_tokens is None:
-        most = max(1, CHUNK_BYTES // (4 * student_weight.size(0)))
+        most = default_chunk_tokens(student_weight.size(0), student_weight.device.type)
         num_chunks = max(1, -(-len(token_weights) // most))
         chunk_tokens = max(1, -(-len(token_weights) // num_chunks))  # even chunks: a short last one would be slow
     stats = TokenStats(*(token_weights.new_zeros(len(token_weights), dtype=dtype) for _ in fields(TokenStats)))
@@ -176,9 +188,7 @@ class _Vocabulary:
         values, indices = top_k_support(logits, min(k, width))
         if self.group is None:
             return values, indices
-        # within a rank by index, so that equal values keep the order of the whole vocabulary
-        indices, by_index = indices.sort(dim=-1)
-        values, indices = values.gather(-1, by_index), indices + self.rank * width
+        indices = indices + self.rank * width
         all_values = [torch.empty_like(values) for _ in range(self.group.size())]
         all_indices = [torch.empty_like(indices) for _ in range(self.group.size())]
         dist.all_gather(all_values, values, group=self.group)
@@ -238,11 +248,9 @@ class _FusedLinearJSD(torch.autograd.Function):
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
                 # each rank knows its rows of the head only: the gradient of the hidden state is a sum over ranks
-                grad_hidden[rows] = options.vocabulary.sum((gradient @ weight).to(dtype)).to(hidden.dtype)
-            if grad_weight is not None and grad_weight.dtype == gradient.dtype:
-                grad_weight.addmm_(gradient.t(), hidden[rows])
-            elif grad_weight is not None:
-                grad_weight += gradient.t() @ hidden[rows]
+                grad_hidden[rows] = options.vocabulary.sum(product(gradient, weight, dtype)).to(hidden.dtype)
+            if grad_weight is not None:
+                add_product_(grad_weight, gradient.t(), hidden[rows])
             del gradient  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is grad_into else grad_weight)
         ctx.weight_dtype, ctx.unit_gradient = weight.dtype, grad_into is not None
@@ -265,7 +273,7 @@ class _FusedLinearJSD(torch.autograd.Function):
 def _logits(policy: tuple[Tensor, Tensor], options: _Options, dtype: torch.dtype) -> Tensor:
     """[c, V / tp] logits of (hidden [c, H], weight [V / tp, H]), the largest of each row taken off."""
     hidden, weight = policy
-    logits = options.vocabulary.hide_padding_((hidden @ weight.t()).to(dtype))
+    logits = options.vocabulary.hide_padding_(product(hidden, weight.t(), dtype))
     if options.temperature != 1:
         logits.div_(options.temperature)
     return options.vocabulary.subtract_max_(logits)

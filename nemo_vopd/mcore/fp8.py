@@ -87,7 +87,7 @@ def check_machine(config: Config) -> None:
     if not torch.cuda.is_available():
         rule, remedy = "needs an NVIDIA GPU (H100, or later), and this machine has none", "set precision=bf16"
         raise OptionError("precision.fp8.recipe", options.recipe, rule, remedy)
-    if not uses_transformer_engine(config.model.layer_spec):
+    if not uses_transformer_engine(config.model.layer_spec, torch.bfloat16):
         remedy = "run in an NGC image or pip install nemo_vopd[gpu], or set precision=bf16"
         raise OptionError("precision.fp8.recipe", options.recipe, "needs Transformer Engine", remedy)
     import transformer_engine.pytorch as te  # type: ignore[import-not-found]

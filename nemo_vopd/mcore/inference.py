@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     pixel_values: Tensor | None = None
     """[N, D] patches of all images among these tokens."""
     grid_thw: Tensor | None = None
-    """[num_images, 3] int64."""
+    """[num_images, 3] int64, in host memory."""
 
 
 class Rotary:

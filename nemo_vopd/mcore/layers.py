@@ -1,6 +1,8 @@
 """Layer specs: Transformer Engine where it is installed, Megatron's local layers with our norm and attention elsewhere.
 
-Attention is ours in both: it hands over to Transformer Engine or PyTorch's scaled dot product. Sampling reads the
+Attention is ours in both: it hands over to Transformer Engine or PyTorch's scaled dot product. In float32 both serve
+PyTorch's way: Transformer Engine multiplies float32 with 10 bits of mantissa (TF32) and has no fused attention for it,
+while sampling and the loss compute in float32. Sampling reads the
 weights of these layers by itself (`mcore.inference`): Megatron's static cache stores keys before the rotary embedding
 and rotates all of them again at every step, and cannot share a prompt among responses.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention, TENorm
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -85,32 +87,43 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
-        self.fused = None
-        if HAVE_TE and torch.cuda.is_available():
-            from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-            self.fused = TEDotProductAttention(
-                config, layer_number, attn_mask_type, attention_type, None, softmax_scale, cp_comm_type=cp_comm_type
-            )
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: Packing, **_: object) -> Tensor:
         """Attend: query [S, 1, h, d], key and value [S, 1, g, d]; returns [S, 1, h * d]."""
-        packing = packed_seq_params
-        if self.fused is None:
-            return _causal_attention(query, key, value, packing, self.scale)
-        longest = max(packing.lengths)
-        params = PackedSeqParams("thd", packing.starts, packing.starts, max_seqlen_q=longest, max_seqlen_kv=longest)
-        rows = (x.squeeze(1).contiguous() for x in (query, key, value))
-        out = self.fused(*rows, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
-        return out.view(query.size(0), 1, -1)
+        return _causal_attention(query, key, value, packed_seq_params, self.scale)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Attention has no state to save."""
         return {}
 
 
-def uses_transformer_engine(choice: str) -> bool:
-    """Whether `model.layer_spec` = auto, local or transformer_engine means Transformer Engine on this machine."""
+class FusedCoreAttention(CoreAttention):
+    """The same by Transformer Engine's fused kernels, all sequences in one call."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        """Arguments as `CoreAttention`."""
+        super().__init__(config, *args, **kwargs)
+        self.fused = TEDotProductAttention(config, *args, **kwargs)
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: Packing, **_: object) -> Tensor:
+        """As `CoreAttention.forward`."""
+        packing, longest = packed_seq_params, max(packed_seq_params.lengths)
+        params = PackedSeqParams("thd", packing.starts, packing.starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+        rows = (_own(x.squeeze(1)) for x in (query, key, value))
+        out = self.fused(*rows, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+        return out.view(query.size(0), 1, -1)
+
+
+def _own(x: Tensor) -> Tensor:
+    """`x` in memory of its own: of one token and head, a part of queries, keys and values counts as contiguous too."""
+    return x.clone() if x.storage_offset() and x.is_contiguous() else x.contiguous()
+
+
+def uses_transformer_engine(choice: str, dtype: torch.dtype) -> bool:
+    """Whether `model.layer_spec` = auto, local or transformer_engine means Transformer Engine on this machine.
+
+    `dtype` is that of the weights; auto leaves float32 to PyTorch.
+    """
     if choice == "transformer_engine" and not HAVE_TE:
         raise OptionError(
             "model.layer_spec",
@@ -118,7 +131,13 @@ def uses_transformer_engine(choice: str) -> bool:
             "Transformer Engine is not installed here",
             "run in an NGC image, pip install nemo_vopd[gpu], or set model.layer_spec=local",
         )
-    return choice == "transformer_engine" or (choice == "auto" and HAVE_TE and torch.cuda.is_available())
+    there = HAVE_TE and torch.cuda.is_available() and dtype != torch.float32
+    return choice == "transformer_engine" or (choice == "auto" and there)
+
+
+def has_fused_attention(choice: str, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine serves attention, too: it has no fused kernel for float32, and none for a CPU."""
+    return uses_transformer_engine(choice, dtype) and torch.cuda.is_available() and dtype != torch.float32
 
 
 def recompute_options(choice: str) -> dict[str, Any]:
@@ -139,20 +158,32 @@ def block_spec(
     layer_class: type[TransformerLayer] = TransformerLayer,
 ) -> TransformerBlockSubmodules:
     """The language layers of chunk `vp_stage` of stage `pp_rank` and the final norm; `choice` is `model.layer_spec`."""
-    layer = _layer_spec(choice, qk_layernorm=config.qk_layernorm)
+    layer = _layer_spec(choice, config.params_dtype, qk_layernorm=config.qk_layernorm)
     layer.module = layer_class
-    norm = TENorm if uses_transformer_engine(choice) else RMSNorm
+    norm = TENorm if uses_transformer_engine(choice, config.params_dtype) else RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)  # type: ignore[arg-type]
 
 
-def _layer_spec(choice: str, *, qk_layernorm: bool) -> ModuleSpec:
-    if uses_transformer_engine(choice):
+def add_to_main_grad(module: torch.nn.Module) -> None:
+    """Let Transformer Engine's projections in `module` add the gradients of their weights to DDP's float32 buffer.
+
+    Else each microbatch writes a bf16 gradient of every weight, rounded, which DDP then reads and adds. Megatron's
+    option for it, `gradient_accumulation_fusion`, asks for apex because of the head, which our loss sees to.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def _layer_spec(choice: str, dtype: torch.dtype, *, qk_layernorm: bool) -> ModuleSpec:
+    if uses_transformer_engine(choice, dtype):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         attention: Any = spec.submodules.self_attention  # type: ignore[union-attr]
-        attention.submodules.core_attention = CoreAttention
+        fused = has_fused_attention(choice, dtype)
+        attention.submodules.core_attention = FusedCoreAttention if fused else CoreAttention
         return spec
     qk_norm = RMSNorm if qk_layernorm else IdentityOp
     return ModuleSpec(

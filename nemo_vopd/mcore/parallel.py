@@ -32,11 +32,12 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
             os.register_at_fork(after_in_child=_end_with_parent)
         rank, world, local = _environment()
         if torch.cuda.is_available():
-            torch.cuda.set_device(local)
+            _choose_gpu(local)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         store = None
         if world == 1:  # no rendezvous, no port: any number of single-process runs can share a machine
             store = dist.HashStore()
+        # no device_id: with it NCCL gives a group one stream, and stages that send to each other in a ring would wait
         dist.init_process_group(
             cpu.backend(),
             rank=rank,
@@ -54,6 +55,17 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _choose_gpu(local: int) -> None:
+    """Take GPU number `local` of this node. Raises OptionError when this process does not see so many."""
+    num = torch.cuda.device_count()
+    if local >= num:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        rule = f"shows {num} GPU to process {local} of this node, which counts on GPU {local}"
+        remedy = "show every process all GPUs of its node (Slurm: --gpus-per-node, not --gpus-per-task or --gpu-bind)"
+        raise OptionError("CUDA_VISIBLE_DEVICES", visible, rule, remedy)
+    torch.cuda.set_device(local)
 
 
 def _end_with_parent() -> None:

@@ -74,3 +74,10 @@ class MegatronStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Megatron's DistributedDataParallel wraps the pipeline stages, not Lightning's."""
+
+    def teardown(self) -> None:
+        """Lightning would move the model to the CPU; examples of what it has learned are made after the fit."""
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()

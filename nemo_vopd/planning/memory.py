@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_vopd.config import Config
-from nemo_vopd.distill.fused import CHUNK_BYTES
+from nemo_vopd.distill.fused import default_chunk_tokens
 from nemo_vopd.planning.activations import ActivationLaw, activation_law, most_alive
 from nemo_vopd.planning.assumptions import GIB, Assumptions, Gpu
 from nemo_vopd.planning.count import ModelCount, StageCount
@@ -79,12 +79,12 @@ def patch_bytes(packed: Packed, vision: Any) -> int:
 
 
 def loss_bytes(config: Config, stage: StageCount, hidden: int, e: int, num_rows: int) -> int:
-    """Float32 logits of student and teacher of one chunk, one of them in the model's dtype, the head's gradient."""
+    """Float32 logits of student and teacher of one chunk, the gradient of the response rows' hidden states."""
     rows_of_head = stage.num_head // hidden
-    chunk = config.distill.chunk_tokens or max(1, CHUNK_BYTES // (4 * rows_of_head))
+    chunk = config.distill.chunk_tokens or default_chunk_tokens(rows_of_head, "cuda")
     logits = min(chunk, num_rows) * rows_of_head
     num_float32 = 2 if config.distill.top_k is not None and config.distill.teacher.kind != "trust_region" else 4
-    return logits * (4 * num_float32 + e) + (e * stage.num_head if e == 2 else 0) + e * num_rows * hidden
+    return logits * 4 * num_float32 + e * num_rows * hidden
 
 
 def stage_memory(

@@ -201,7 +201,7 @@ class Lane:
             torch.cat([view.token_ids for view in views]).to(device),
             self.decoder.rotary(torch.cat([view.position_ids for view in views], dim=1).to(device)),
             torch.cat([view.pixel_values for view in views]).to(device),
-            torch.cat([view.grid_thw for view in views]).to(device),
+            torch.cat([view.grid_thw for view in views]),
         )
         self.draws: Tensor | None = None
         if self.params.temperature > 0:

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_vopd.batch import Rollout, Sample, View
+from nemo_vopd.gemm import product
 from nemo_vopd.mcore.inference import ChunkPass, Rotary, Tokens
 from nemo_vopd.mcore.kv_cache import KVCache
 from nemo_vopd.mcore.stage import Stage
@@ -138,10 +139,10 @@ class Decoder:
         and log-probs, a handle to wait for or None).
         """
         tp, mp = self.groups.tp, self.groups.mp
-        packed = torch.empty((2, rows, 1 if uniform is None else uniform.size(1)), dtype=torch.float64)
-        packed = packed.to(self.device)
+        shape = 2, rows, 1 if uniform is None else uniform.size(1)
+        packed = torch.empty(shape, dtype=torch.float64, device=self.device)
         if hidden is not None:
-            logits = hidden @ self.model.output_weight().t()
+            logits = product(hidden, self.model.output_weight().t(), torch.float32)
             if tp.size() > 1:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
                 dist.all_gather(shards, logits, group=tp)

@@ -12,7 +12,8 @@ import yaml
 from megatron.core import optimizer as megatron_optimizer
 
 from nemo_vopd.config import Config
-from nemo_vopd.mcore.layers import uses_transformer_engine
+from nemo_vopd.mcore.layers import has_fused_attention, uses_transformer_engine
+from nemo_vopd.vlm import weights_dtype
 
 PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "transformer-engine", "apex", "megatron-energon", "transformers")
 
@@ -30,13 +31,14 @@ def versions() -> dict[str, str]:
 
 def implementations(config: Config) -> dict[str, str]:
     """Which implementation serves attention, norm, matrix products and the optimizer."""
-    engine, recipe = uses_transformer_engine(config.model.layer_spec), config.precision.fp8.recipe
+    choice, dtype, recipe = config.model.layer_spec, weights_dtype(config), config.precision.fp8.recipe
+    engine, fused = uses_transformer_engine(choice, dtype), has_fused_attention(choice, dtype)
     adam = "torch AdamW"
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         adam = megatron_optimizer.Adam.__module__.split(".")[0] + " FusedAdam"
     layers = "Transformer Engine" if engine else "Megatron-Core local"
     return {
-        "attention": "Transformer Engine" if engine else "torch scaled_dot_product_attention",
+        "attention": "Transformer Engine" if fused else "torch scaled_dot_product_attention",
         "norm": "Transformer Engine" if engine else "nemo_vopd RMSNorm",
         "matrix products": f"{layers}, {config.precision.dtype}{f' and FP8 ({recipe})' if recipe else ''}",
         "optimizer": f"{adam} on float32 shards",

@@ -155,8 +155,10 @@ def loss(
         def dense() -> torch.Tensor:
             student.grad = None
             with torch.no_grad():
-                teacher_logits = teacher @ teacher_weight.t()
-            value = (generalized_jsd(student @ weight.t(), teacher_logits, **options) * ones).sum()
+                teacher_logits = (teacher @ teacher_weight.t()).float()
+            # float32 logits, as in training: among bf16 ones are dozens of equals, which the top-k must put in order
+            student_logits = (student @ weight.t()).float()
+            value = (generalized_jsd(student_logits, teacher_logits, **options) * ones).sum()
             value.backward()
             return value.detach() / num
 

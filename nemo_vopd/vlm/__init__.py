@@ -51,6 +51,11 @@ def hf_config(config: Config) -> Any:
     return hf
 
 
+def weights_dtype(config: Config) -> torch.dtype:
+    """Of weights and activations; the model's directory is read only if `precision.dtype` leaves it open."""
+    return dtype_of(hf_config(config) if config.precision.dtype == "auto" else None, config)
+
+
 def dtype_of(hf: Any, config: Config) -> torch.dtype:
     """Of weights and activations: `precision.dtype`; auto is float32 for a float32 directory, bfloat16 for others."""
     if config.precision.dtype == "auto":

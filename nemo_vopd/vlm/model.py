@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, Packing
-from nemo_vopd.mcore.layers import block_spec
+from nemo_vopd.mcore.layers import add_to_main_grad, block_spec
 from nemo_vopd.vlm.hf_weights import WeightRule
 from nemo_vopd.vlm.language import LAYER_RULES
 from nemo_vopd.vlm.layout import padded_vocab_size
@@ -85,6 +85,7 @@ class VisionLanguageModel(MegatronModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        add_to_main_grad(self.language.decoder)
 
     def build_tower(self, hf: Any) -> torch.nn.Module:
         """The vision tower, with weights named as below `visual.` of the Hugging Face model."""

@@ -14,6 +14,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.mcore import cpu, fp8, inference, parallel
+from nemo_vopd.mcore.layers import CoreAttention, FusedCoreAttention, has_fused_attention, uses_transformer_engine
 from nemo_vopd.vlm import build_stage, hf_config, qwen2_5_vl
 from nemo_vopd.vlm.hf_weights import HFReader
 from tests.helpers import tiny_config
@@ -81,6 +82,31 @@ def test_transformer_engines_own_layers_are_named_so(te_stage):
     names = [name for name, _ in stage.named_parameters()]
     assert all(sum(name.endswith(te) for name in names) == stage.config.num_layers for te in FUSED.values())
     check_names(stage, folder, lambda name: name)
+
+
+@needs_te
+def test_attention_is_fused_and_gradients_go_to_the_buffer(te_stage):
+    stage, *_ = te_stage
+    attention = [module for module in stage.modules() if isinstance(module, CoreAttention)]
+    assert [type(module) for module in attention] == [FusedCoreAttention] * stage.config.num_layers
+    adding = [name for name, module in stage.named_modules() if getattr(module, "fuse_wgrad_accumulation", False)]
+    assert len(adding) == len(list(fp8._scaled_modules(stage))) == 4 * stage.config.num_layers
+
+
+@needs_te
+@pytest.mark.parametrize(
+    "choice,dtype,layers,attention",
+    [
+        ("auto", torch.bfloat16, True, True),
+        ("auto", torch.float32, False, False),  # Transformer Engine's products of float32 are TF32
+        ("local", torch.bfloat16, False, False),
+        ("transformer_engine", torch.float32, True, False),
+    ],
+)
+def test_what_serves_a_gpu(choice, dtype, layers, attention):
+    with mock.patch("torch.cuda.is_available", lambda: True):
+        assert uses_transformer_engine(choice, dtype) == layers
+        assert has_fused_attention(choice, dtype) == attention
 
 
 @needs_te
