@@ -271,6 +271,7 @@ def _patch_cuda() -> None:
         _device_index = device if isinstance(device, int) else torch.device(device).index or 0
 
     cuda.set_device, cuda.current_device = set_device, lambda: _device_index
+    torch.accelerator.is_available = lambda: False  # else the loader of a PyTorch for CUDA pins memory in a thread
 
     def synchronize(device: Any = None) -> None:
         waits[f"{_line()} synchronize"] += 1
