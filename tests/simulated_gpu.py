@@ -282,6 +282,7 @@ def _patch_cuda() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.device = lambda device: contextlib.nullcontext()
     cuda.nvtx.range_push, cuda.nvtx.range_pop = (lambda msg: 0), (lambda: 0)
+    cuda.default_generators = (torch.default_generator,) * 8
     cuda.get_rng_state = lambda device="cuda": torch.random.get_rng_state()
     cuda.set_rng_state = lambda new_state, device="cuda": torch.random.set_rng_state(new_state)
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: None

@@ -64,6 +64,26 @@ def test_low_precision_stays_near_the_oracle(precision, bounds, layout, oracle, 
         assert line["loss"] != pytest.approx(expected.losses[k], rel=1e-5)
 
 
+def scales_kept(config):
+    """How many FP8 scales wait for a backward pass after a run."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    from nemo_vopd.runtime.training import train
+
+    train(config)
+    return sum(map(len, FP8GlobalStateManager.fp8_tensors_recompute_buffer))
+
+
+@pytest.mark.parametrize("kind", ["ema", "current"])
+def test_computing_again_changes_no_fp8_gradient(kind, assets, tmp_path):
+    """With the live weights as the teacher its scales must not be taken for the student's, nor pile up."""
+    options = ["precision=fp8_delayed", f"distill.teacher.kind={kind}", "trainer.max_tokens_per_microbatch=300"]
+    for again in ("none", "mlp", "layers"):
+        config = tiny_config(assets, tmp_path / again, "trainer.max_steps=3", f"trainer.recompute={again}", *options)
+        assert run_distributed(on_te, 1, scales_kept, config) == [0]
+    assert numbers(tmp_path / "none") == numbers(tmp_path / "mlp") == numbers(tmp_path / "layers")
+
+
 @pytest.mark.parametrize("precision", RECIPES)
 def test_resumed_equals_uninterrupted_bit_for_bit(precision, assets, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

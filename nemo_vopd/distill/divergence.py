@@ -54,23 +54,14 @@ def top_k_support(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices [T, k] of the largest logits [T, V]; of equal ones those with the lowest indices.
 
     torch.topk leaves the choice among equal values open, which would make the loss depend on how the vocabulary is
-    split. Some more than k are taken, in order; rows in which even the last of them equals the k-th are sorted whole.
+    split. Rows in which the k-th value occurs beyond the k are rare and are sorted again.
     """
-    num = min(k + _SPARE, logits.size(-1))
-    values, indices = logits.topk(num, dim=-1)
-    indices, order = indices.sort(dim=-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    values, indices, last = values[:, :k], indices.gather(-1, order)[:, :k], values[:, -1]
-    if num < logits.size(-1):
-        crowded = (values[:, -1] == last).nonzero().squeeze(-1)
-        if crowded.numel():
-            ordered = logits[crowded].sort(dim=-1, descending=True, stable=True)
-            values[crowded], indices[crowded] = ordered.values[:, :k], ordered.indices[:, :k]
+    values, indices = logits.topk(k, dim=-1)
+    crowded = ((logits >= values[:, -1:]).sum(-1) > k).nonzero().squeeze(-1)
+    if crowded.numel():
+        ordered = logits[crowded].sort(dim=-1, descending=True, stable=True)
+        values[crowded], indices[crowded] = ordered.values[:, :k], ordered.indices[:, :k]
     return values, indices
-
-
-_SPARE = 64
-"""Logits beyond the k: bf16 ones have few values, and the k-th is often among dozens of equals."""
 
 
 def close_support(log_probs: Tensor, add_tail: bool) -> Tensor:

@@ -188,7 +188,9 @@ class _Vocabulary:
         values, indices = top_k_support(logits, min(k, width))
         if self.group is None:
             return values, indices
-        indices = indices + self.rank * width
+        # within a rank by index, so that equal values keep the order of the whole vocabulary
+        indices, by_index = indices.sort(dim=-1)
+        values, indices = values.gather(-1, by_index), indices + self.rank * width
         all_values = [torch.empty_like(values) for _ in range(self.group.size())]
         all_indices = [torch.empty_like(indices) for _ in range(self.group.size())]
         dist.all_gather(all_values, values, group=self.group)

@@ -71,7 +71,14 @@ def teacher_pass(
         rows = model.response_hidden(hidden, batch)
         return rows.cpu() if offload else rows
 
-    return _run(model.chunks, batches, keep_response_rows, groups, forward_only=True, collect_non_loss_data=True)
+    # `model` may be the student (kind=current). In training mode, what is to be computed again in a backward pass is
+    # noted for it: Transformer Engine would keep the scales of each pass for ever, and give them to the student's.
+    training = model.training
+    model.eval()
+    try:
+        return _run(model.chunks, batches, keep_response_rows, groups, forward_only=True, collect_non_loss_data=True)
+    finally:
+        model.train(training)
 
 
 def student_pass(
