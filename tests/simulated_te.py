@@ -9,12 +9,14 @@ GPU machine, not the GPU: PyTorch built for CUDA and transformer-engine; the tes
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401  # loads its extension
 import transformer_engine_torch as tex  # type: ignore[import-not-found]
 from torch import Tensor
 from transformer_engine.pytorch.constants import TE_DType  # type: ignore[import-not-found]
@@ -258,9 +260,17 @@ def activate() -> None:
     for name in ("FUSED_ATTN", "FLASH_ATTN", "MASKED_SOFTMAX_FUSION", "TORCH_COMPILE"):
         os.environ[f"NVTE_{name}"] = "0"
     LanguageModule._set_attention_backend = lambda self: None  # it insists on the fused ones
-    originals = {id(getattr(tex, name)): kernel for name, kernel in KERNELS.items()}
+    originals = {id(original): (original, name) for name in KERNELS if (original := getattr(tex, name))}
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if id(value) in originals:
-                setattr(module, name, originals[id(value)])
+                setattr(module, name, KERNELS[originals[id(value)][1]])
     simulated_gpu.activate()
+
+
+if __name__ == "__main__":  # python -m tests.simulated_te recipes/quickstart.py precision=fp8_tensorwise
+    import nemo_vopd.runtime.training  # noqa: F401  # kernels are replaced where they have been imported
+
+    activate()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
