@@ -95,10 +95,11 @@ def test_images_are_there_once_for_all_responses_of_a_prompt():
     assert features.grad is not None and features.grad[:, 0].tolist() == [6.0, 2.0, 3.0]
 
 
-def test_patches_wait_in_host_memory_until_their_microbatch_runs():
+def test_images_wait_in_host_memory_until_their_microbatch_runs():
     rollout = make_rollout(student=4, teacher=6, response=3)
     batch = collate([rollout], [rollout.sample.student], pad_token_id=0)
     moved = batch.to(torch.device("meta"))
-    assert moved.pixel_values is batch.pixel_values
+    assert moved.pixel_values is batch.pixel_values and moved.grid_thw is batch.grid_thw
     assert moved.packing.starts.is_meta and moved.packing.lengths == batch.packing.lengths
-    assert all(value.is_meta for name, value in vars(moved).items() if name not in ("pixel_values", "packing"))
+    stays = "pixel_values", "grid_thw", "packing"
+    assert all(value.is_meta for name, value in vars(moved).items() if name not in stays)
