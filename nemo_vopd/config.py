@@ -30,7 +30,7 @@ class ModelConfig:
     hf_path: str = "???"
     """Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor."""
     layer_spec: str = "auto"
-    """auto | local | transformer_engine: which implementation serves the language layers."""
+    """auto | local | transformer_engine: what serves the language layers; auto: the last, for bf16 on a GPU."""
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     architecture: dict[str, Any] | None = None
     """Contents of the model's config.json, for recipes/plan.py where `hf_path` is not at hand."""

@@ -10,7 +10,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from tests.distributed import run_distributed
-from tests.gpu.test_gpu import BF16, FP8, RECIPES, scaling_after
+from tests.gpu.test_gpu import BF16, FP8, RECIPES, hidden_states, scaling_after
 from tests.helpers import read_lines, tiny_config
 from tests.runtime.test_resume import configure, numbers, same, train_until
 from tests.test_step import EPS, LAYOUTS, LR, STEPS, check, oracle, train_and_collect  # noqa: F401
@@ -62,6 +62,12 @@ def test_low_precision_stays_near_the_oracle(precision, bounds, layout, oracle, 
         assert line["loss"] == pytest.approx(expected.losses[k], rel=bounds["loss"])
         assert line["grad_norm"] == pytest.approx(expected.grad_norms[k], rel=bounds["grad_norm"])
         assert line["loss"] != pytest.approx(expected.losses[k], rel=1e-5)
+
+
+def test_packed_sequences_equal_each_alone(assets, tmp_path):
+    """Through Transformer Engine's attention of packed sequences."""
+    ((packed, alone),) = run_distributed(on_te, 1, hidden_states, tiny_config(assets, tmp_path, "precision=bf16"))
+    assert (packed - alone).norm() / alone.norm() < 2**-7
 
 
 def scales_kept(config):
