@@ -15,7 +15,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -315,12 +315,3 @@ def activate() -> None:
         setattr(torch, name, functools.wraps(plain)(lambda *args, _plain=plain, **kwargs: _make(_plain, args, kwargs)))
     _Functions().__enter__()
     _Operations().__enter__()
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[collections.Counter[str]]:
-    """The waits of a block."""
-    before = collections.Counter(waits)
-    found: collections.Counter[str] = collections.Counter()
-    yield found
-    found.update(waits - before)
