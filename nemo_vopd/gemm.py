@@ -1,4 +1,4 @@
-"""Products of bf16 matrices that end in float32: summed there by the GPU and never rounded in between."""
+"""Products of bf16 matrices that end in float32, as a GPU sums them, without a bf16 result in between."""
 
 from __future__ import annotations
 

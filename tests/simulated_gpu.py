@@ -34,9 +34,7 @@ _GPU_ONLY = {
     torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, *, out: out.copy_(c + a.to(dtype) @ b.to(dtype)),
 }
 """Operations that PyTorch has for GPUs only."""
-_plain = {
-    name: getattr(torch.Tensor, name) for name in ("device", "is_cuda", "to", "cpu", "cuda", "numpy", "tolist", "type")
-}
+_plain = {name: getattr(torch.Tensor, name) for name in ("device", "to", "numpy", "tolist", "type")}
 
 
 class WrongDevice(RuntimeError):

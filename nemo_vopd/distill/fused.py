@@ -22,8 +22,8 @@ from nemo_vopd.gemm import add_product_, product
 _CPU_CHUNK_BYTES = 160 * 2**20
 """Float32 logits of one chunk on a CPU."""
 _GPU_CHUNK_TOKENS = 1024
-"""A chunk on a GPU. The gradient of the head is read and written once for each: 8 bytes a weight, in the time of which
-a Hopper GPU computes the products of some 700 tokens. With fewer it would wait for memory."""
+"""Most tokens of a chunk on a GPU. The gradient of the head is read and written once for each: 8 bytes a weight, in the
+time of which a Hopper GPU computes the products of some 700 tokens. With fewer it would wait for memory."""
 
 
 def default_chunk_tokens(rows_of_head: int, device: str) -> int:

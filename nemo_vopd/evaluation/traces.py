@@ -13,6 +13,7 @@ from nemo_vopd.batch import MicroBatch, Rollout, View, blank_rollout, collate
 from nemo_vopd.config import DistillConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.distill.divergence import generalized_jsd
+from nemo_vopd.gemm import product
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.schedule import teacher_pass
@@ -105,7 +106,7 @@ def _compare(
         tokens = rollout.token_ids[start : start + _CHUNK]
         logits = []
         for rows, weight, policy in zip(hidden, weights, policies, strict=True):
-            shard = (rows[start : start + _CHUNK] @ weight.t()).float() / temperature
+            shard = product(rows[start : start + _CHUNK], weight.t(), torch.float32) / temperature
             logits.append(_gather(shard, groups)[:, :vocab_size])
             _extend(policy, logits[-1], tokens, processor)
         options = {"alpha": distill.alpha, "top_k": distill.top_k, "add_tail": distill.add_tail}

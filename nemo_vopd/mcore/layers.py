@@ -1,10 +1,11 @@
-"""Layer specs: Transformer Engine where it is installed, Megatron's local layers with our norm and attention elsewhere.
+"""Layer specs: Transformer Engine on a GPU, Megatron's local layers with our norm and attention elsewhere.
 
-Attention is ours in both: it hands over to Transformer Engine or PyTorch's scaled dot product. In float32 both serve
-PyTorch's way: Transformer Engine multiplies float32 with 10 bits of mantissa (TF32) and has no fused attention for it,
-while sampling and the loss compute in float32. Sampling reads the
-weights of these layers by itself (`mcore.inference`): Megatron's static cache stores keys before the rotary embedding
-and rotates all of them again at every step, and cannot share a prompt among responses.
+Attention is ours in both: it hands over to Transformer Engine or PyTorch's scaled dot product. Float32 stays with
+Megatron's local layers on a GPU too, unless Transformer Engine is asked for: it multiplies with 10 bits of mantissa
+(TF32), while sampling and the loss do not, and has no fused attention for it.
+
+Sampling reads the weights of these layers by itself (`mcore.inference`): Megatron's static cache stores keys before the
+rotary embedding and rotates all of them again at every step, and cannot share a prompt among responses.
 """
 
 from __future__ import annotations

@@ -113,15 +113,20 @@ def scaling_after(config, stop_after):
     return states, restored
 
 
+def check_scaling(saved, restored):
+    """What a run restores is what the one before saved."""
+    assert restored.keys() == saved.keys() and len(restored) >= 2 * 3 * 4 * 4
+    assert all(torch.equal(restored[name], saved[name]) for name in restored)
+    for who in ("student", "teacher"):  # the teacher's scales move though its passes have no gradient
+        scales = [t for name, t in restored.items() if name.startswith(who) and name.endswith("scale_fwd")]
+        assert any((scale != 1).any() for scale in scales), who
+
+
 def test_fp8_scaling_state_survives_a_restart(assets, tmp_path):
     config = configure(assets, tmp_path, "precision=fp8_delayed")
     ((saved, _),) = run_distributed(scaling_after, 1, config, 3, timeout=300)
     ((_, (restored,)),) = run_distributed(scaling_after, 1, config, None, timeout=300)
-    assert restored.keys() == saved[-1].keys() and len(restored) >= 2 * 3 * 4 * 4
-    assert all(torch.equal(restored[name], saved[-1][name]) for name in restored)
-    for who in ("student", "teacher"):  # the teacher's scales move though its passes have no gradient
-        scales = [t for name, t in restored.items() if name.startswith(who) and name.endswith("scale_fwd")]
-        assert any((scale != 1).any() for scale in scales), who
+    check_scaling(saved[-1], restored)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
