@@ -109,7 +109,9 @@ def save_request(kinds: dict[str, Shards], stage: Stage, groups: ProcessGroupCol
     filesystem_async._results_queue = _ResultsFile()  # type: ignore[assignment]
     state = sharded_state(kinds, stage, groups)
     # coverage without overlap is checked by the planner (for every rectangle, on rank 0)
-    request = dist_checkpointing.save(state, str(folder), validate_access_integrity=False, async_sharded_save=True)
+    request = dist_checkpointing.save(
+        state, str(folder), validate_access_integrity=False, async_sharded_save=True, async_strategy="mcore"
+    )
     assert request is not None
     return request
 

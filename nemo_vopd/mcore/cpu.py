@@ -1,6 +1,6 @@
 """Megatron-Core on a machine without CUDA: the few places that name the GPU answer with the CPU.
 
-Megatron-Core 0.16 computes nothing that needs a GPU on our path, but it allocates with `device="cuda"`, asks
+Megatron-Core 0.19 computes nothing that needs a GPU on our path, but it allocates with `device="cuda"`, asks
 `torch.cuda.current_device()` and checks for `torch.cuda.FloatTensor`. `activate` answers those questions. It does
 nothing where CUDA is available, and refuses Megatron versions it was not checked with.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-CHECKED_MEGATRON = ("0.16",)
+CHECKED_MEGATRON = ("0.19",)
 _FACTORIES = (
     "tensor",
     "zeros",
@@ -69,6 +69,7 @@ def _patch_torch_cuda() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: _InOrder()
     cuda.nvtx.range_push = lambda msg: 0
     cuda.nvtx.range_pop = lambda: 0
     # Megatron's CUDA RNG tracker (dropout, weight initialisation) then tracks the CPU generator.
@@ -79,6 +80,16 @@ def _patch_torch_cuda() -> None:
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.random.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.random.set_rng_state(new_state)
+
+
+class _InOrder:
+    """The stream of a CPU: what was started before is done, so nobody waits."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
 
 
 def _patch_tensor() -> None:
