@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,30 @@ class View:
         return self.token_ids.numel()
 
 
+class RecordKey(NamedTuple):
+    """Which record a prompt was made of, and for which time: no two prompts of a run share a key.
+
+    Random draws, dumped rollouts and their replay go by it, because two data sets may use the same sample ids.
+    """
+
+    data_set: int
+    """Number of the data set in its blend; 0 where there is one."""
+    record: int
+    """Number of the record in its data set, in stored order."""
+    occurrence: int = 0
+    """How often the run has read the record before."""
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+
 @dataclass
 class Sample:
     """A usable record: the same question with both images."""
 
     id: str
+    """Name of the record in its source."""
+    key: RecordKey
     student: View
     teacher: View
     question: str
@@ -87,7 +106,7 @@ def blank_rollout(pad_token_id: int) -> Rollout:
         grid_thw=torch.empty((0, 3), dtype=torch.int64),
     )
     empty = torch.empty(0)
-    return Rollout(Sample("", view, view, ""), empty.long(), empty)
+    return Rollout(Sample("", RecordKey(0, 0), view, view, ""), empty.long(), empty)
 
 
 @dataclass(frozen=True)

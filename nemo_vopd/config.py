@@ -100,9 +100,8 @@ class DataConfig:
     """Text appended to the question in both views, verbatim."""
     max_dropped_fraction: float = 0.1
     """The run ends when more than this share of the records it has read could not be used (and more than two)."""
-    shuffle_buffer_size: int = 1000
     num_workers: int = 2
-    """Loader processes of each rank; part of the sample order, so keep it fixed within a run."""
+    """Loader processes of each rank; 0 reads in the training process."""
 
 
 @dataclass

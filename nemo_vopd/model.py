@@ -18,10 +18,8 @@ from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
 from nemo_vopd.config import Config
-from nemo_vopd.data.loader_state import read_position
+from nemo_vopd.data.loader import PromptLoader, build_train_loader
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.prompts import PromptStream
-from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.distill.fused import fused_linear_jsd
 from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.distill.teacher import Teacher
@@ -68,8 +66,8 @@ class VisionOPDModel(ModelPT):
         self.reporter = Reporter(Path(config.exp_manager["exp_dir"]), groups, config.data.max_dropped_fraction)
         self.checkpointer = Checkpointer(config)
         self.control = RunControl(config)
-        self._loader_position: bytes | None = None
-        self._prompts: PromptStream | None = None
+        self._first_prompt = 0  # where the loader starts
+        self._prompts: PromptLoader | None = None
         self._in_step = False  # a batch was taken and not trained on
 
     def training_step(self, dataloader_iter: Iterator) -> None:
@@ -83,7 +81,7 @@ class VisionOPDModel(ModelPT):
         with self.timers("sync"):
             self.engine.sync_weights()
         with self.timers("rollout"):
-            rollouts = self.engine.generate(batch.samples, step)
+            rollouts = self.engine.generate(batch.samples)
             self._dump(rollouts, step)
             rollouts, unusable = self._drop_unusable(rollouts)
         students, teachers = self._microbatches(rollouts)
@@ -250,21 +248,17 @@ class VisionOPDModel(ModelPT):
 
     def train_dataloader(self) -> Iterator[PromptBatch]:
         """This data-parallel rank's prompts of each global batch, without end; the same iterator at every call."""
-        if self._prompts is not None:  # NeMo asks for it once more than Lightning
-            return self._prompts
-        dp = self.groups.dp_cp
-        loader = build_train_loader(
-            self.config.data,
-            self.config.distill.teacher_view,
-            self.processor,
-            seed=self.config.seed,
-            dp_rank=dp.rank(),
-            dp_size=dp.size(),
-        )
-        if self._loader_position is not None:
-            loader.restore_state_rank(read_position(self._loader_position))
-        # an iterator has no length: Lightning would end an epoch, and restart the loader, after each pass
-        self._prompts = PromptStream(loader, self._loader_position, remember=self.config.rollout.engine == "vllm")
+        if self._prompts is None:  # NeMo asks for it once more than Lightning
+            dp = self.groups.dp_cp
+            self._prompts = build_train_loader(
+                self.config.data,
+                self.config.distill.teacher_view,
+                self.processor,
+                seed=self.config.seed,
+                dp_rank=dp.rank(),
+                dp_size=dp.size(),
+                position=self._first_prompt,
+            )
         return self._prompts
 
     def on_train_start(self) -> None:
@@ -322,12 +316,12 @@ class VisionOPDModel(ModelPT):
     def state(self) -> dict[str, Any]:
         """Everything else that survives a restart (generators are added by `Checkpointer`)."""
         assert self._prompts is not None
-        position = self._prompts.position(undo=self._in_step)
-        assert position is not None  # a step is done
+        # a batch that was taken and not trained on is read again
+        prompts = self._prompts.position - (self._prompts.batch_size if self._in_step else 0)
         return {
             "step": self.trainer.global_step,
+            "prompts": prompts,
             "num_updates": self.student_optimizer.num_updates,
-            "loader": torch.frombuffer(bytearray(position), dtype=torch.uint8),
             "ahead": self._gather(self.engine.pending()) if isinstance(self.engine, AheadEngine) else [],
             "scaling": fp8.gather(self._scaling(), self.groups),
             "reporter": self.reporter.state(),
@@ -339,11 +333,9 @@ class VisionOPDModel(ModelPT):
         self.student_optimizer.restored(state["num_updates"])
         self.teacher.restored()
         fp8.restore(self._scaling(), state["scaling"])
-        position = state["loader"].numpy().tobytes()
-        read_position(position)  # a damaged one is told now
-        self._loader_position = position
+        self._first_prompt = state["prompts"]
         if isinstance(self.engine, AheadEngine):
-            self.engine.restore(state["step"], state["ahead"])
+            self.engine.restore(state["ahead"])
         self.reporter.restore(state["reporter"])
         self.control.restore(state["control"])
         loop = self.trainer.fit_loop.epoch_loop

@@ -14,7 +14,7 @@ AnyT = TypeVar("AnyT")
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def typed(cfg: DictConfig, schema: type[AnyT]) -> AnyT:
+def typed[AnyT](cfg: DictConfig, schema: type[AnyT]) -> AnyT:
     """The composed Hydra config as a `schema` dataclass. Raises OptionError when a value is missing."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -22,7 +22,7 @@ def typed(cfg: DictConfig, schema: type[AnyT]) -> AnyT:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[return-value]
 
 
-def from_hydra(cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
+def from_hydra[ConfigT: Config](cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
     """The typed configuration of a composed Hydra config, validated. `schema` may extend `Config`."""
     config = typed(cfg, schema)
     validate(config)
@@ -86,7 +86,6 @@ def validate(config: Config) -> None:
         parallel__virtual_pipeline=config.parallel.virtual_pipeline,
         data__batch_size=data.batch_size,
         data__max_prompt_length=data.max_prompt_length,
-        data__shuffle_buffer_size=data.shuffle_buffer_size,
         rollout__n=rollout.n,
         rollout__max_response_length=rollout.max_response_length,
         rollout__max_batch_tokens=rollout.max_batch_tokens,

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from nemo_vopd.batch import Rollout
 from nemo_vopd.cli import CONF
 from nemo_vopd.config import Config
+from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.validation import from_hydra
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from nemo_vopd.batch import Rollout, Sample, View, collate, split_by_token_budget
+from nemo_vopd.batch import RecordKey, Rollout, Sample, View, collate, split_by_token_budget
 
 
 def make_view(length: int, jump: int = 0) -> View:
@@ -13,7 +13,7 @@ def make_view(length: int, jump: int = 0) -> View:
 
 
 def make_rollout(student: int, teacher: int, response: int, name: str = "s") -> Rollout:
-    sample = Sample(name, make_view(student), make_view(teacher, jump=5), "?")
+    sample = Sample(name, RecordKey(0, 0), make_view(student), make_view(teacher, jump=5), "?")
     return Rollout(sample, torch.arange(100, 100 + response), -torch.rand(response))
 
 

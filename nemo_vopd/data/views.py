@@ -194,7 +194,7 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
     return _as_rgb(image).size
 
 
-def _decode(data: bytes, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
+def _decode[ResultT](data: bytes, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
     """What `use` makes of the opened image, which it decodes."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:

@@ -10,8 +10,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_vopd.batch import Sample
 from nemo_vopd.config import Config, DataConfig
+from nemo_vopd.data.dataset import require_dataset
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples, require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.questions import classify
 from nemo_vopd.evaluation.scoring import grade

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from nemo_vopd.config import DataConfig
+from nemo_vopd.data.dataset import RawRecord, iterate_records
+from nemo_vopd.data.encoder import cut_crop, parse_meta
 from nemo_vopd.data.records import check_answer, check_id, check_question
-from nemo_vopd.data.task_encoder import RawRecord, cut_crop, iterate_records, parse_meta
 from nemo_vopd.data.views import UnusableSample, check_box, load_image
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.extraction import final_answer
@@ -157,7 +158,7 @@ def stored_questions(path: str, data: DataConfig, unusable: list[str], limit: in
         try:
             question = _stored_question(record, data)
         except UnusableSample as reason:
-            unusable.append(f"{record.__key__}: {reason}")
+            unusable.append(f"{record.name}: {reason}")
             continue
         question.id = told_apart(question.id, seen)
         if question.answer == "":
@@ -168,7 +169,7 @@ def stored_questions(path: str, data: DataConfig, unusable: list[str], limit: in
 
 def _stored_question(record: RawRecord, data: DataConfig) -> Question:
     meta = parse_meta(record.meta)
-    sample_id, text = check_id(meta.get("id", record.__key__)), check_question(meta.get("question"))
+    sample_id, text = check_id(meta.get("id", record.name)), check_question(meta.get("question"))
     if record.image is None:
         raise UnusableSample("missing_image")
     kind, answer, options = classify(text, check_answer(meta.get("answer")) or "")

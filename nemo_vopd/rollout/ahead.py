@@ -7,14 +7,14 @@ from typing import Protocol
 
 import torch
 
-from nemo_vopd.batch import Rollout, Sample
+from nemo_vopd.batch import RecordKey, Rollout, Sample
 from nemo_vopd.rollout.replay import Record, to_record
 
 
 class BackgroundEngine(Protocol):
     """An engine that works while this process does something else."""
 
-    def begin(self, samples: list[Sample], step: int) -> None:
+    def begin(self, samples: list[Sample]) -> None:
         """Start answering `samples`."""
         ...
 
@@ -36,15 +36,15 @@ class AheadEngine:
     def __init__(self, engine: BackgroundEngine, upcoming: Callable[[], list[Sample]]) -> None:
         """`upcoming` gives the samples of the next step."""
         self.engine, self.upcoming = engine, upcoming
-        self._ready: tuple[int, list[Rollout]] | None = None
-        self._saved: tuple[int, list[Record]] | None = None
-        self._begun: int | None = None
+        self._ready: list[Rollout] | None = None
+        self._saved: list[Record] = []
+        self._under_way = False
 
-    def generate(self, samples: list[Sample], step: int) -> list[Rollout]:
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
         """The rollouts of `samples`, begun during the step before if there was one."""
-        rollouts = self._of_step(samples, step)
-        self._begun = step + 1
-        self.engine.begin(self.upcoming(), step + 1)
+        rollouts = self._answered(samples)
+        self.engine.begin(self.upcoming())
+        self._under_way = True
         return rollouts
 
     def sync_weights(self) -> None:
@@ -55,33 +55,36 @@ class AheadEngine:
     def pending(self) -> list[Record]:
         """This rank's rollouts of the next step: part of a checkpoint, they came from weights that are gone."""
         self._wait()
-        return [] if self._ready is None else [to_record(rollout) for rollout in self._ready[1]]
+        return [to_record(rollout) for rollout in self._ready or []]
 
-    def restore(self, step: int, records: list[Record]) -> None:
-        """Give the `records` of a checkpoint, of all ranks, at `step` instead of new rollouts, if there are any."""
-        self._saved = (step, records) if records else None
+    def restore(self, records: list[Record]) -> None:
+        """Give the `records` of a checkpoint, of all ranks, in place of the first rollouts, if there are any."""
+        self._saved = records
 
     def _wait(self) -> None:
-        if self._begun is not None:
-            self._ready, self._begun = (self._begun, self.engine.finish()), None
+        if self._under_way:
+            self._ready, self._under_way = self.engine.finish(), False
 
-    def _of_step(self, samples: list[Sample], step: int) -> list[Rollout]:
+    def _answered(self, samples: list[Sample]) -> list[Rollout]:
+        """Rollouts that are there already, or new ones. `finish` is collective: all ranks have some, or none does."""
         self._wait()
-        if self._ready is not None and self._ready[0] == step:
-            return self._ready[1]
-        if self._saved is not None and self._saved[0] == step:
-            return _restored(samples, self._saved[1])
-        self.engine.begin(samples, step)
+        ready, saved = self._ready, self._saved
+        self._ready, self._saved = None, []
+        if ready is not None:
+            return ready
+        if saved:
+            return _restored(samples, saved)
+        self.engine.begin(samples)
         return self.engine.finish()
 
 
 def _restored(samples: list[Sample], records: list[Record]) -> list[Rollout]:
     """This rank's rollouts from the records of all ranks, under whatever layout they were sampled."""
-    by_sample: dict[str, list[Record]] = {}
+    by_key: dict[RecordKey, list[Record]] = {}
     for record in records:
-        by_sample.setdefault(record[0], []).append(record)
+        by_key.setdefault(RecordKey(*(record[name] for name in RecordKey._fields)), []).append(record)
     return [
-        Rollout(sample, torch.tensor(token_ids, dtype=torch.int64), torch.tensor(log_probs), index)
+        Rollout(sample, torch.tensor(r["token_ids"], dtype=torch.int64), torch.tensor(r["log_probs"]), r["index"])
         for sample in samples
-        for _, index, token_ids, log_probs in sorted(by_sample[sample.id], key=lambda record: record[1])
+        for r in sorted(by_key[sample.key], key=lambda record: record["index"])
     ]

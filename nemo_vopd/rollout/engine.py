@@ -27,7 +27,7 @@ class SamplingParams:
 class RolloutEngine(Protocol):
     """Produces responses from the full view; all ranks of one model-parallel group call it with the same samples."""
 
-    def generate(self, samples: list[Sample], step: int) -> list[Rollout]:
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
         """n rollouts for each sample, in the order of the samples."""
         ...
 

@@ -38,7 +38,8 @@ class Request:
     """One prompt to answer n times."""
 
     view: View
-    id: str
+    key: str
+    """What its random draws go by: no two prompts of a run share it."""
     answers: list[tuple[Tensor, Tensor]]
     """n pairs (token_ids [R], log_probs [R]), set when a response has ended."""
 
@@ -79,11 +80,9 @@ class Counts:
 class Lane:
     """A batch within a share of the token budget: one for each pipeline stage, so that none waits for the last."""
 
-    def __init__(
-        self, decoder: Decoder, queue: deque[Request], params: SamplingParams, step: int, budget: int, most: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, queue: deque[Request], params: SamplingParams, budget: int, most: int) -> None:
         """Serves at most `most` requests at a time from `queue`, which all lanes share: the longest prompts first."""
-        self.decoder, self.queue, self.params, self.step, self.most = decoder, queue, params, step, most
+        self.decoder, self.queue, self.params, self.most = decoder, queue, params, most
         self.prompts: list[Request] = []
         self.rows: list[Row] = []
         self.feeding: list[Request] = []  # the prompts in the pass under way
@@ -206,7 +205,7 @@ class Lane:
         self.draws: Tensor | None = None
         if self.params.temperature > 0:
             seed, n, length = self.params.seed, self.params.n, self.params.max_response_length
-            numbers = [uniforms(seed, self.step, r.id, k, length) for r in self.feeding for k in range(n)]
+            numbers = [uniforms(seed, r.key, k, length) for r in self.feeding for k in range(n)]
             new = torch.stack(numbers).to(device)
             self.draws = new[:, 0].view(-1, n)
             self.uniform = new if self.uniform is None else torch.cat([self.uniform, new])

@@ -37,9 +37,9 @@ class MegatronEngine:
         self.decoder = Decoder(model, groups, max_batch_tokens, decode)
         self.params = params
 
-    def generate(self, samples: list[Sample], step: int) -> list[Rollout]:
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
         """n rollouts for each sample, in the order of the samples."""
-        responses = self.decoder([sample.student for sample in samples], [s.id for s in samples], self.params, step)
+        responses = self.decoder([s.student for s in samples], [str(s.key) for s in samples], self.params)
         return [
             Rollout(sample, tokens, log_probs, index)
             for sample, answers in zip(samples, responses, strict=True)
@@ -82,11 +82,9 @@ class Decoder:
         self._sent: list[tuple[Any, Tensor]] = []
 
     @torch.no_grad()
-    def __call__(
-        self, views: list[View], ids: list[str], params: SamplingParams, step: int = 0
-    ) -> list[list[tuple[Tensor, Tensor]]]:
-        """For each view n pairs (token_ids [R] int64, log_probs [R] float32), on the CPU."""
-        requests = [Request(view, name, [None] * params.n) for view, name in zip(views, ids, strict=True)]  # type: ignore[list-item]
+    def __call__(self, views: list[View], keys: list[str], params: SamplingParams) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each view n pairs (token_ids [R] int64, log_probs [R] float32), on the CPU; `keys` seed the draws."""
+        requests = [Request(view, key, [None] * params.n) for view, key in zip(views, keys, strict=True)]  # type: ignore[list-item]
         if not requests:
             return []
         # the longest first: where they find room, all that follow do
@@ -95,7 +93,7 @@ class Decoder:
         num_lanes = min(self.groups.pp.size(), len(requests))
         budget, most = self.max_batch_tokens // self.groups.pp.size(), -(-len(requests) // num_lanes)
         with _decoding(self.model):
-            self._advance([Lane(self, queue, params, step, budget, most) for _ in range(num_lanes)])
+            self._advance([Lane(self, queue, params, budget, most) for _ in range(num_lanes)])
         return [request.answers for request in requests]
 
     def _advance(self, lanes: list[Lane]) -> None:

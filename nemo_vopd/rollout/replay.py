@@ -4,73 +4,93 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from nemo_vopd.batch import Rollout, Sample
+from nemo_vopd.batch import RecordKey, Rollout, Sample
 from nemo_vopd.errors import OptionError
 
-Record = tuple[str, int, list[int], list[float]]
-"""Sample id, number of the response, token ids, log-probs."""
+Record = dict[str, Any]
+"""One rollout in plain values: sample_id, data_set, record, occurrence, index, token_ids, log_probs."""
+
+_REMEDY = "give a file that rollout.dump_path wrote"
 
 
 def to_record(rollout: Rollout) -> Record:
-    """What is written of one rollout: plain values that also travel between ranks."""
-    return rollout.sample.id, rollout.index, rollout.token_ids.tolist(), rollout.log_probs.tolist()
+    """What is written of one rollout; it also travels between ranks and into checkpoints."""
+    return {
+        "sample_id": rollout.sample.id,
+        **rollout.sample.key._asdict(),
+        "index": rollout.index,
+        "token_ids": rollout.token_ids.tolist(),
+        "log_probs": rollout.log_probs.tolist(),
+    }
 
 
 def dump(path: str | Path, records: list[Record], step: int) -> None:
     """Write the `records` of training step `step` to the JSONL file `path`, one line each; step 0 starts it anew."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w" if step == 0 else "a") as file:
-        for sample_id, index, token_ids, log_probs in records:
-            record = {"step": step, "sample_id": sample_id, "index": index}
-            file.write(json.dumps({**record, "token_ids": token_ids, "log_probs": log_probs}) + "\n")
+        file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
 
 
 class ReplayEngine:
-    """Finds responses by sample id (and step, where a sample comes back), so it works under any layout."""
+    """Finds recorded responses by the key of a sample, so it works under any layout and batch size.
+
+    Lines without a key (data_set, record, occurrence), written by hand for example, are found by sample id.
+    """
 
     def __init__(self, path: str | Path, n: int) -> None:
         """Read the file that `rollout.dump_path` wrote; `n` responses are taken for each sample."""
         self.path, self.n = path, n
-        self._by_sample: dict[str, dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
-        remedy = "give a file that rollout.dump_path wrote"
+        self._responses: dict[RecordKey | str, dict[int, tuple[str, Tensor, Tensor]]] = {}
         if not Path(path).is_file():
-            raise OptionError("rollout.path", path, "is not a file", remedy)
+            raise OptionError("rollout.path", path, "is not a file", _REMEDY)
         with Path(path).open() as file:
             for number, line in enumerate(file, 1):
                 try:
-                    record = json.loads(line)
-                    steps = self._by_sample.setdefault(record["sample_id"], {})
-                    steps.setdefault(record["step"], {})[record["index"]] = (
-                        torch.tensor(record["token_ids"], dtype=torch.int64),
-                        torch.tensor(record["log_probs"], dtype=torch.float32),
-                    )
-                except (ValueError, KeyError, TypeError):
-                    raise OptionError("rollout.path", path, f"line {number} is not a rollout", remedy) from None
+                    self._add(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    why = f" ({error})" if isinstance(error, _Twice) else ""
+                    raise OptionError("rollout.path", path, f"line {number} is not a rollout{why}", _REMEDY) from None
 
-    def generate(self, samples: list[Sample], step: int) -> list[Rollout]:
-        """The recorded rollouts of `samples`: those of `step`, or of the only step that has the sample."""
+    def _add(self, line: Record) -> None:
+        sample_id, index, tokens, log_probs = (line[k] for k in ("sample_id", "index", "token_ids", "log_probs"))
+        key = RecordKey(*(line[name] for name in RecordKey._fields)) if "record" in line else sample_id
+        if not all(type(number) is int for number in (index, *tokens)) or len(tokens) != len(log_probs):
+            raise ValueError("a token id is no integer, or ids and log-probs differ in number")
+        responses = self._responses.setdefault(key, {})
+        if index in responses:
+            raise _Twice(f"response {index} to sample {sample_id} stands in the file already")
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        responses[index] = sample_id, ids, torch.tensor(log_probs, dtype=torch.float32)
+
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
+        """The recorded rollouts of `samples`."""
         rollouts = []
         for sample in samples:
-            steps = self._by_sample.get(sample.id)
-            if not steps:
-                raise OptionError(
-                    "rollout.path",
-                    self.path,
-                    f"has no response to sample {sample.id}",
-                    "replay with the data set and the seed of the run that wrote it",
-                )
-            if step not in steps and len(steps) > 1:
-                rule = f"has responses to sample {sample.id} at steps {sorted(steps)}, none at step {step}"
-                raise OptionError("rollout.path", self.path, rule, "replay with the seed of the run that wrote it")
-            recorded = steps[step] if step in steps else next(iter(steps.values()))
-            if any(k not in recorded for k in range(self.n)):
-                rule = f"the file holds responses {sorted(recorded)} to sample {sample.id}"
+            responses = self._responses.get(sample.key) or self._responses.get(sample.id)
+            if not responses:
+                occurrence = f" for occurrence {sample.key.occurrence}" if sample.key.occurrence else ""
+                rule = f"has no response to sample {sample.id}{occurrence}"
+                remedy = "replay with the data set and the seed of the run that wrote it"
+                raise OptionError("rollout.path", self.path, rule, remedy)
+            if any(k not in responses for k in range(self.n)):
+                rule = f"the file holds responses {sorted(responses)} to sample {sample.id}"
                 raise OptionError("rollout.n", self.n, rule, "set rollout.n to that of the run that wrote it")
-            rollouts += [Rollout(sample, *recorded[k], index=k) for k in range(self.n)]
+            for index in range(self.n):
+                sample_id, tokens, log_probs = responses[index]
+                if sample_id != sample.id:
+                    rule = f"has a response to sample {sample_id} for the record that is now sample {sample.id}"
+                    raise OptionError("rollout.path", self.path, rule, "replay with the data set it was written with")
+                rollouts.append(Rollout(sample, tokens, log_probs, index))
         return rollouts
 
     def sync_weights(self) -> None:
         """Nothing to do: recorded responses do not depend on the weights."""
+
+
+class _Twice(ValueError):
+    """A response that stands in the file already."""

@@ -1,7 +1,7 @@
 """Drawing tokens: one uniform number for each request and position, so responses do not depend on the layout.
 
-The number comes from a counter-based generator keyed by (seed, step, sample, response): any batch composition and
-any tensor, pipeline or data parallel layout draws the same token from the same logits, and a resumed run needs no
+The number comes from a counter-based generator keyed by seed, prompt and number of the response: any batch composition
+and any tensor, pipeline or data parallel layout draws the same token from the same logits, and a resumed run needs no
 generator state.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 
-def uniforms(seed: int, step: int, sample_id: str, index: int, length: int) -> Tensor:
-    """[length] float64 in [0, 1): the draws of response `index` to sample `sample_id` at training step `step`."""
-    key = hashlib.blake2b(f"{seed}/{step}/{sample_id}/{index}".encode(), digest_size=16).digest()
+def uniforms(seed: int, prompt: str, index: int, length: int) -> Tensor:
+    """[length] float64 in [0, 1): the draws of response `index` to the prompt with the key `prompt`."""
+    key = hashlib.blake2b(f"{seed}/{prompt}/{index}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
     return torch.from_numpy(generator.random(length))
 

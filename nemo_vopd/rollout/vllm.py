@@ -68,19 +68,19 @@ class VLLMEngine:
         mode = log_probs_mode(params)
         together(lambda: self.client.require_log_probs(mode) if groups.mp.rank() == 0 else None)
 
-    def generate(self, samples: list[Sample], step: int) -> list[Rollout]:
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
         """n rollouts for each sample, in the order of the samples.
 
         Raises EngineLost on every rank of the run when a server is lost to one of them.
         """
-        self.begin(samples, step)
+        self.begin(samples)
         return self.finish()
 
-    def begin(self, samples: list[Sample], step: int) -> None:
+    def begin(self, samples: list[Sample]) -> None:
         """Start answering `samples` in the background; every rank calls it, but none waits for another."""
         asks = self.groups.mp.rank() == 0
         pool = ThreadPoolExecutor(1)
-        self._samples, self._under_way = samples, pool.submit(self._ask_all, samples, step) if asks else _nothing()
+        self._samples, self._under_way = samples, pool.submit(self._ask_all, samples) if asks else _nothing()
         pool.shutdown(wait=False)
 
     def finish(self) -> list[Rollout]:
@@ -106,25 +106,25 @@ class VLLMEngine:
         if self.sync is not None:
             self.sync()
 
-    def _ask_all(self, samples: list[Sample], step: int) -> list[list[tuple[list[int], list[float]]]]:
+    def _ask_all(self, samples: list[Sample]) -> list[list[tuple[list[int], list[float]]]]:
         self.client.check()
         given_up = threading.Event()
         pool = ThreadPoolExecutor(min(self.max_concurrent_requests, max(len(samples), 1)))
-        asked = [pool.submit(self._ask, sample, step, given_up) for sample in samples]
+        asked = [pool.submit(self._ask, sample, given_up) for sample in samples]
         try:
             return [answer.result() for answer in asked]
         finally:
             given_up.set()  # where one failed the others need not try again
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, sample: Sample, step: int, given_up: threading.Event) -> list[tuple[list[int], list[float]]]:
+    def _ask(self, sample: Sample, given_up: threading.Event) -> list[tuple[list[int], list[float]]]:
         """n pairs (token ids, log-probs) of one sample."""
         view, n = sample.student, self.params.n
         parts = [{"type": "image_url", "url": _png(image)} for image in self.images(view)]
         request = {
             "token_ids": one_token_for_each_image(view, self.image_token_id, self.images.merge),
             "content_parts": parts,
-            "sampling_params": sampling_params(self.params, step, sample.id),
+            "sampling_params": sampling_params(self.params, str(sample.key)),
             "return_token_ids": True,
         }
         answer = self.client.post("/inference/v1/generate", request, given_up=given_up)
@@ -160,9 +160,9 @@ def server_arguments(params: SamplingParams, *, dtype: str, max_length: int, pix
     return ["--dtype", dtype, "--logprobs-mode", log_probs_mode(params), *sizes]
 
 
-def sampling_params(params: SamplingParams, step: int, sample_id: str) -> dict[str, Any]:
-    """vLLM's sampling parameters; the seed follows from (seed, step, sample), vLLM adds the number of the response."""
-    seed = hashlib.blake2b(f"{params.seed}/{step}/{sample_id}".encode(), digest_size=7).digest()
+def sampling_params(params: SamplingParams, prompt: str) -> dict[str, Any]:
+    """vLLM's sampling parameters; the seed follows from the key `prompt`, vLLM adds the number of the response."""
+    seed = hashlib.blake2b(f"{params.seed}/{prompt}".encode(), digest_size=7).digest()
     return {
         "n": params.n if params.temperature > 0 else 1,
         "temperature": params.temperature,

@@ -30,7 +30,7 @@ _ROUND_SECONDS = 60.0
 AnyT = TypeVar("AnyT")
 
 
-def together(action: Callable[[], AnyT]) -> AnyT:
+def together[AnyT](action: Callable[[], AnyT]) -> AnyT:
     """The result of `action` on this rank; every rank of the run calls it, and all raise what one of them raises.
 
     OptionError and RunError travel; a rank that went on alone would wait for the others without end. `action` runs in
@@ -42,7 +42,7 @@ def together(action: Callable[[], AnyT]) -> AnyT:
     return finish_together(under_way)
 
 
-def finish_together(under_way: Future[AnyT]) -> AnyT:
+def finish_together[AnyT](under_way: Future[AnyT]) -> AnyT:
     """The result of `under_way`; see `together`."""
     while True:
         done = bool(wait([under_way], _ROUND_SECONDS).done)

@@ -125,7 +125,7 @@ def step(config: Config, repeats: int) -> list[Row]:
     """The phases of a training step on one batch."""
     model = VisionOPDModel(config, parallel.initialize(config.parallel, seed=config.seed))
     samples = next(iter(model.train_dataloader())).samples
-    rollouts: list[Rollout] = model.engine.generate(samples, 0)
+    rollouts: list[Rollout] = model.engine.generate(samples)
     students, teachers = model._microbatches(rollouts)
     hidden = teacher_pass(model.teacher_model, teachers, model.groups)
     lr = learning_rate(0, config.optimizer, config.trainer.max_steps)
@@ -139,7 +139,7 @@ def step(config: Config, repeats: int) -> list[Row]:
         model.teacher.update(0)
 
     phases: dict[str, Callable[[], object]] = {
-        "rollout": lambda: model.engine.generate(samples, 0),
+        "rollout": lambda: model.engine.generate(samples),
         "teacher": lambda: teacher_pass(model.teacher_model, teachers, model.groups),
         "student": student,
         "optimizer and EMA": optimizer,

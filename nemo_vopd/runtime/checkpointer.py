@@ -17,7 +17,7 @@ from nemo.utils import logging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_vopd.config import Config
-from nemo_vopd.data.task_encoder import fingerprint
+from nemo_vopd.data.dataset import fingerprint
 from nemo_vopd.errors import EngineLost, OptionError, RunError
 from nemo_vopd.mcore import checkpoint, cpu, parallel
 from nemo_vopd.mcore.rng import restore_rng, rng_state
@@ -26,9 +26,6 @@ from nemo_vopd.runtime.environment import versions
 
 if TYPE_CHECKING:
     from nemo_vopd.model import VisionOPDModel
-
-_ORDER_OPTIONS = ("batch_size", "num_workers", "shuffle_buffer_size")
-"""Options of `data` that the order of samples depends on, besides the seed."""
 
 
 class Checkpointer:
@@ -126,7 +123,7 @@ class Checkpointer:
             rule = "holds weights alone, no run to resume"
             raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
         _check_same_run(manifest, self.config, model)
-        state = read_state(path)
+        state = _in_todays_order(read_state(path), manifest)
         remedy = "delete it to resume from the one before it"
         try:
             checkpoint.check_metadata(path)
@@ -190,6 +187,19 @@ def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any
     }
 
 
+def _in_todays_order(state: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """`state` with the number of prompts read, which checkpoints of version 0.1 lack.
+
+    Those hold the position of Energon's shuffle buffer, which is no place in an order of whole epochs: the run goes on
+    after as many prompts as it has trained on, so the current epoch may repeat some records and miss others.
+    """
+    if "prompts" in state:
+        return state
+    prompts = state["step"] * manifest["config"]["data"]["batch_size"]
+    logging.warning("the checkpoint is of version 0.1: prompts go on in the new order of whole epochs, at %d", prompts)
+    return {**state, "prompts": prompts, "ahead": []}
+
+
 def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDModel) -> None:
     """Raise OptionError where the options contradict what the checkpoint was written with."""
     anew = "or start anew in another exp_manager.exp_dir"
@@ -199,12 +209,9 @@ def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDMo
         rule = f"is another model than the checkpoint's, which has {', '.join(differs)}"
         raise OptionError("model.hf_path", config.model.hf_path, rule, f"give the model of the first run, {anew}")
     was = manifest["config"]
-    given = {f"data.{name}": (getattr(config.data, name), was["data"][name]) for name in _ORDER_OPTIONS}
-    given["seed"] = config.seed, was["seed"]
-    for option, (now, before) in given.items():
-        if now != before:
-            rule = f"the run to resume has {before}, and the order of samples depends on it"
-            raise OptionError(option, now, rule, f"set {option}={before}, {anew}")
+    if config.seed != was["seed"]:
+        rule = f"the run to resume has {was['seed']}, and the order of prompts depends on it"
+        raise OptionError("seed", config.seed, rule, f"set seed={was['seed']}, {anew}")
     if manifest["data"] != fingerprint(config.data.path):
         rule = "is another data set than that of the run to resume, whose position in it was saved"
         raise OptionError("data.path", config.data.path, rule, f"give the same one (or a copy), {anew}")

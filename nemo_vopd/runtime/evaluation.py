@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemo_vopd.data.task_encoder import fingerprint, require_dataset
+from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation.answers import Answer, AnswersFile, read_answers
 from nemo_vopd.evaluation.asking import Model, ask

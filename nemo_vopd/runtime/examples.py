@@ -12,8 +12,9 @@ from PIL import Image
 
 from nemo_vopd.batch import Rollout, Sample
 from nemo_vopd.config import DataConfig
+from nemo_vopd.data.dataset import iterate_records
+from nemo_vopd.data.encoder import SampleEncoder, cut_crop, parse_meta
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import SampleEncoder, cut_crop, iterate_records, parse_meta
 from nemo_vopd.data.views import load_image
 from nemo_vopd.evaluation.gap import Reply, measure_gap
 from nemo_vopd.evaluation.traces import MAX_TOKENS, ResponseTrace, trace

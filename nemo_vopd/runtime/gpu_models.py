@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from nemo_vopd.batch import MicroBatch, Packing, Rollout, Sample, View
+from nemo_vopd.batch import MicroBatch, Packing, RecordKey, Rollout, Sample, View
 from nemo_vopd.cli import CONF
 from nemo_vopd.config import Config, PrecisionConfig
 from nemo_vopd.distill.teacher import Teacher
@@ -250,7 +250,7 @@ def _rollouts(
     rollouts: list[Rollout] = []
     while len(rollouts) < num_sequences:
         views = [_view(sizes, prompt_tokens, grid, random) for _ in range(2)]
-        sample = Sample(str(len(rollouts)), *views, question="")
+        sample = Sample(str(len(rollouts)), RecordKey(0, len(rollouts)), *views, question="")
         for index in range(min(n, num_sequences - len(rollouts))):
             tokens = torch.randint(0, sizes["vocab_size"] // 2, (response_tokens,), generator=random)
             log_probs = torch.full((response_tokens,), -math.log(sizes["vocab_size"]))

@@ -263,7 +263,7 @@ def _free() -> None:
 
 def machine(config: Config) -> dict[str, Any]:
     """Date, GPU, driver and versions; `implementations` are those of bf16 layers."""
-    facts: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    facts: dict[str, Any] = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts |= {"gpu": properties.name, "memory_gib": properties.total_memory / GIB}

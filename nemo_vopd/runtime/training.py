@@ -15,7 +15,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
 from nemo_vopd.config import Config
-from nemo_vopd.data.task_encoder import require_dataset
+from nemo_vopd.data.dataset import require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy

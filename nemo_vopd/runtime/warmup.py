@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, collate
 from nemo_vopd.config import Config, OptimizerConfig
+from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import build_train_loader
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp

@@ -43,6 +43,5 @@ def data_config(dataset):
         max_prompt_length=128,
         full=PixelConfig(3136, 12544),
         crop_pixels=PixelConfig(3136, 3136),
-        shuffle_buffer_size=16,
         num_workers=0,
     )

@@ -14,9 +14,10 @@ from itertools import islice
 import pytest
 
 from nemo_vopd.batch import DroppedSample, Sample
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.index import write_index
+from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.prepare import prepare
-from nemo_vopd.data.task_encoder import build_train_loader, iterate_samples
 from nemo_vopd.data.views import DROP_REASONS
 from tests.data.fuzz_cases import ANY, GOOD, Fuzz, Payload, encoded, headers, json_value, nested, picture, record
 
@@ -98,7 +99,7 @@ def test_loader_takes_all_that_prepare_kept(everything, data_config, processor, 
 def test_training_goes_on(everything, data_config, processor, num_workers):
     _, result, path = everything
     config = replace(data_config, path=str(path), batch_size=40, num_workers=num_workers)
-    iterator = iter(build_train_loader(config, "full_and_crop", processor, seed=2, dp_rank=0, dp_size=1))
+    iterator = build_train_loader(config, "full_and_crop", processor, seed=2, dp_rank=0, dp_size=1)
     try:
         for batch in islice(iterator, math.ceil(result["kept"] / 40)):
             assert len(checked([*batch.samples, *batch.dropped])) == 40
@@ -162,7 +163,7 @@ def test_damaged_shards_are_dropped_by_reason(data_config, processor, tmp_path):
     for (expected, parts), item in zip(cases, found["crop"], strict=True):
         assert expected in (ANY, getattr(item, "reason", None)), (expected, item, str(parts)[:300])
     config = replace(data_config, path=str(tmp_path), batch_size=len(cases), num_workers=1)
-    iterator = iter(build_train_loader(config, "crop", processor, seed=1, dp_rank=0, dp_size=1))
+    iterator = build_train_loader(config, "crop", processor, seed=1, dp_rank=0, dp_size=1)
     assert len(checked([*(batch := next(iterator)).samples, *batch.dropped])) == len(cases)
     iterator.close()
     assert not (tmp_path / "payload-ran").exists()

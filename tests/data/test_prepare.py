@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from nemo_vopd.config import DataConfig, PixelConfig
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.prepare import prepare
-from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.data.views import DROP_REASONS
 from nemo_vopd.errors import OptionError
 

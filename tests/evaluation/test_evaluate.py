@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nemo_vopd.config import DataConfig
+from nemo_vopd.data.dataset import iterate_records
+from nemo_vopd.data.encoder import parse_meta
 from nemo_vopd.data.prepare import prepare
-from nemo_vopd.data.task_encoder import iterate_records, parse_meta
 from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.evaluation.answers import Answer, AnswersFile, read_answers

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.errors import OptionError
 from nemo_vopd.evaluation import gap as module
 from nemo_vopd.evaluation.gap import measure_gap

@@ -8,8 +8,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_vopd.batch import Rollout, Sample
 from nemo_vopd.config import Config
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.evaluation import traces

@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_vopd.batch import Sample
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
@@ -45,7 +45,7 @@ def sample_responses(config, max_batch_tokens=100000, temperature=0.8, n=N, end_
     )
     samples = load_samples(config)
     decoder = Decoder(build_vlm(config, groups), groups, max_batch_tokens)
-    return decoder([s.student for s in samples], [s.id for s in samples], params, step=2)
+    return decoder([s.student for s in samples], [f"2/{s.id}" for s in samples], params)
 
 
 def same_tokens(a, b):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def decoder(groups, assets, tmp_path):
 def answer(decoder, samples, processor, **options):
     options = {"max_response_length": LENGTH, "n": 3, "seed": 5, **options}
     params = SamplingParams(forbidden_token_ids=tuple(processor.forbidden_token_ids), **options)
-    return decoder([s.student for s in samples], [s.id for s in samples], params, options.pop("step", 0))
+    return decoder([s.student for s in samples], [str(s.key) for s in samples], params)
 
 
 def test_a_narrow_top_p_is_greedy(decoder):
@@ -46,14 +48,26 @@ def test_a_response_is_cut_after_its_first_end_token(decoder):
             torch.testing.assert_close(log_probs, long_log_probs[:length])
 
 
-def test_rollouts_are_numbered_and_follow_the_step(decoder):
+def test_rollouts_are_numbered_and_follow_the_occurrence(decoder):
     decode, samples, processor = decoder
     params = SamplingParams(n=3, max_response_length=LENGTH, seed=5)
     engine = MegatronEngine(decode.model, decode.groups, params, 10000)
-    views, ids = [s.student for s in samples], [s.id for s in samples]
-    for step in (0, 4):
-        rollouts = engine.generate(samples, step)
+    views, answers = [s.student for s in samples], []
+    for occurrence in (0, 4):
+        again = [replace(s, key=s.key._replace(occurrence=occurrence)) for s in samples]
+        rollouts = engine.generate(again)
         assert [(r.sample.id, r.index) for r in rollouts] == [(s.id, k) for s in samples for k in range(3)]
-        expected = [tokens for pairs in decode(views, ids, params, step) for tokens, _ in pairs]
+        answers.append(decode(views, [str(s.key) for s in again], params))
+        expected = [tokens for pairs in answers[-1] for tokens, _ in pairs]
         assert all(torch.equal(r.token_ids, tokens) for r, tokens in zip(rollouts, expected, strict=True))
-    assert not same_tokens(decode(views, ids, params, 0), decode(views, ids, params, 4))
+    assert not same_tokens(*answers)
+
+
+def test_a_record_that_comes_twice_gets_draws_of_its_own(decoder):
+    """At the seam of two epochs a batch can hold a record twice; its n responses must not be the same ones again."""
+    decode, samples, processor = decoder
+    params = SamplingParams(n=3, max_response_length=LENGTH, seed=5)
+    engine = MegatronEngine(decode.model, decode.groups, params, 10000)
+    twice = [samples[0], replace(samples[0], key=samples[0].key._replace(occurrence=1))]
+    first, second, both = ([r.token_ids.tolist() for r in engine.generate(s)] for s in (twice[:1], twice[1:], twice))
+    assert both == first + second and first != second

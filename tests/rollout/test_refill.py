@@ -63,7 +63,7 @@ def decode_with(config, budgets, cases, continuous=True):
             for options in cases:
                 laid_out.clear()
                 decoder = Decoder(model, groups, budget, continuous=continuous)
-                answers = decoder(views, names, params(forbidden_token_ids=forbidden, **options), step=1)
+                answers = decoder(views, names, params(forbidden_token_ids=forbidden, **options))
                 layouts = [sizes for _, sizes in laid_out]
                 results.append((answers, vars(decoder.counts), layouts, {c.num_positions for c, _ in laid_out}))
     finally:

@@ -1,16 +1,20 @@
-"""Replay finds the response of a sample by step and number, and names what is missing."""
+"""Replay finds responses by the key of a sample, whatever the layout, and names what is missing."""
+
+import json
 
 import pytest
 import torch
 
-from nemo_vopd.batch import Rollout, Sample, View
+from nemo_vopd.batch import RecordKey, Rollout, Sample, View
 from nemo_vopd.errors import OptionError
 from nemo_vopd.rollout.replay import ReplayEngine, dump, to_record
 
+FIRST = RecordKey(0, 0)
 
-def make_rollout(name: str, index: int, token: int) -> Rollout:
+
+def make_rollout(name: str, index: int, token: int, key: RecordKey = FIRST) -> Rollout:
     view = View(torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(0, 1), torch.zeros(0, 3))
-    return Rollout(Sample(name, view, view, "?"), torch.tensor([token, 2]), torch.tensor([-1.0, -0.5]), index)
+    return Rollout(Sample(name, key, view, view, "?"), torch.tensor([token, 2]), torch.tensor([-1.0, -0.5]), index)
 
 
 def write(path, steps):
@@ -18,17 +22,36 @@ def write(path, steps):
         dump(path, [to_record(rollout) for rollout in rollouts], step)
 
 
-def first_tokens(rollouts):
+def tokens(rollouts):
     return [(r.sample.id, r.index, r.token_ids[0].item()) for r in rollouts]
 
 
-def test_a_sample_that_comes_back_gets_the_responses_of_its_step(tmp_path):
+def test_every_occurrence_has_responses_of_its_own(tmp_path):
+    """The same record in later epochs, also twice in one step, and the same id in two data sets of a blend."""
     path = tmp_path / "rollouts.jsonl"
-    steps = [[make_rollout("a", k, 10 * step + k) for k in (1, 0)] for step in range(3)]
-    write(path, steps)
-    engine, sample = ReplayEngine(path, 2), steps[0][0].sample
-    for step in (2, 0, 1):
-        assert first_tokens(engine.generate([sample], step)) == [("a", 0, 10 * step), ("a", 1, 10 * step + 1)]
+    places = [RecordKey(0, 5), RecordKey(0, 5, 1), RecordKey(1, 5), RecordKey(1, 9, 1)]
+    written = [make_rollout("a", k, 10 * i + k, key) for i, key in enumerate(places) for k in (1, 0)]
+    write(path, [written[:6], written[6:]])
+    engine = ReplayEngine(path, 2)
+    for i, key in reversed(list(enumerate(places))):
+        sample = make_rollout("a", 0, 0, key).sample
+        assert tokens(engine.generate([sample])) == [("a", 0, 10 * i), ("a", 1, 10 * i + 1)]
+    with pytest.raises(OptionError, match="no response to sample a for occurrence 2"):
+        engine.generate([make_rollout("a", 0, 0, RecordKey(0, 5, 2)).sample])
+
+
+def test_responses_written_by_hand_are_found_by_sample_id(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    lines = [{"sample_id": "a", "index": k, "token_ids": [k, 2], "log_probs": [-1.0, -0.5]} for k in (0, 1)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for key in (RecordKey(0, 3), RecordKey(2, 0, 4)):
+        assert tokens(ReplayEngine(path, 2).generate([make_rollout("a", 0, 0, key).sample])) == [
+            ("a", 0, 0),
+            ("a", 1, 1),
+        ]
+    path.write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
+    with pytest.raises(OptionError, match="line 3 .*response 0 to sample a stands in the file already"):
+        ReplayEngine(path, 2)
 
 
 def test_a_file_is_written_anew_by_step_0(tmp_path):
@@ -38,25 +61,33 @@ def test_a_file_is_written_anew_by_step_0(tmp_path):
     assert path.read_text().count("\n") == 1 and '"c"' in path.read_text()
 
 
-def test_missing_samples_and_responses_are_named(tmp_path):
+def test_what_is_missing_is_named(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     write(path, [[make_rollout("a", 0, 1), make_rollout("a", 2, 3), make_rollout("a", 3, 4)]])
     with pytest.raises(OptionError, match="no response to sample b"):
-        ReplayEngine(path, 1).generate([make_rollout("b", 0, 1).sample], 0)
+        ReplayEngine(path, 1).generate([make_rollout("b", 0, 1, RecordKey(0, 1)).sample])
+    with pytest.raises(OptionError, match="response to sample a for the record that is now sample b"):
+        ReplayEngine(path, 1).generate([make_rollout("b", 0, 1).sample])
     for n in (2, 3, 4):  # number 1 is missing
         with pytest.raises(OptionError, match=f"rollout.n={n}"):
-            ReplayEngine(path, n).generate([make_rollout("a", 0, 1).sample], 0)
+            ReplayEngine(path, n).generate([make_rollout("a", 0, 1).sample])
 
 
 def test_a_line_that_is_no_rollout_is_named(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     write(path, [[make_rollout("a", 0, 1)]])
-    for line in (
-        "{",
-        "3",
-        '{"step": 0}',
-        '{"step": 0, "sample_id": "a", "index": 1, "token_ids": "x", "log_probs": []}',
-    ):
-        path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
+    good = json.loads(path.read_text())
+    wrong = [
+        {**good, "index": 1, **change}
+        for change in (
+            {"token_ids": "xy"},
+            {"token_ids": [1.5, 2]},
+            {"token_ids": [1]},
+            {"index": "1"},
+            {"log_probs": None},
+        )
+    ]
+    for line in ("{", "3", '{"step": 0}', *map(json.dumps, wrong)):
+        path.write_text(json.dumps(good) + "\n" + line + "\n")
         with pytest.raises(OptionError, match="line 2 is not a rollout"):
             ReplayEngine(path, 1)

@@ -32,10 +32,10 @@ def test_a_wrong_distribution_would_be_noticed():
 
 
 def test_draws_of_the_counter_generator_are_uniform_and_independent_of_company():
-    first = uniforms(7, 3, "image-12", 0, 4000)
-    assert torch.equal(first[:10], uniforms(7, 3, "image-12", 0, 10))
-    others = [uniforms(8, 3, "image-12", 0, 4000), uniforms(7, 4, "image-12", 0, 4000)]
-    others += [uniforms(7, 3, "image-13", 0, 4000), uniforms(7, 3, "image-12", 1, 4000)]
+    first = uniforms(7, "3/image-12", 0, 4000)
+    assert torch.equal(first[:10], uniforms(7, "3/image-12", 0, 10))
+    others = [uniforms(8, "3/image-12", 0, 4000), uniforms(7, "4/image-12", 0, 4000)]
+    others += [uniforms(7, "3/image-13", 0, 4000), uniforms(7, "3/image-12", 1, 4000)]
     for other in others:
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.06
     assert chisquare(np.histogram(first, bins=20, range=(0, 1))[0]).pvalue > 1e-3

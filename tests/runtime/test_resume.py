@@ -44,7 +44,6 @@ def configure(assets, folder: Path, *overrides: str):
     options = [
         f"trainer.max_steps={STEPS}",
         "data.num_workers=2",
-        "data.shuffle_buffer_size=20",
         "optimizer.lr=1e-3",
         "optimizer.schedule=cosine",
         f"rollout.dump_path={folder}/rollouts.jsonl",

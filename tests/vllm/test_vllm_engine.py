@@ -20,8 +20,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_vopd.batch import Sample, View
 from nemo_vopd.config import ParallelConfig, PixelConfig
+from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import iterate_samples
 from nemo_vopd.errors import EngineLost, OptionError, RunError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.vllm import VLLMEngine
@@ -89,7 +89,7 @@ def engine_of(groups, processor, config, server):
 
 def test_log_probs_are_those_of_the_training_model(engine_of, config, processor):
     samples = load_samples(config)
-    rollouts = engine_of().generate(samples, step=0)
+    rollouts = engine_of().generate(samples)
     assert [(r.sample.id, r.index) for r in rollouts] == [(s.id, k) for s in samples for k in range(3)]
     assert {s.student.num_tokens for s in samples} == {r.sample.student.num_tokens for r in rollouts}
     difference = largest_difference(reference(config.model.hf_path), rollouts)
@@ -102,16 +102,17 @@ def test_log_probs_are_those_of_the_training_model(engine_of, config, processor)
     assert any(len(rollout.token_ids) < 8 for rollout in rollouts)
 
 
-def test_responses_differ_and_come_again_for_the_same_seed_and_step(engine_of, config):
+def test_responses_differ_and_come_again_for_the_same_seed_and_occurrence(engine_of, config):
     samples = load_samples(config)
-    tokens = [[r.token_ids.tolist() for r in engine_of().generate(samples, step)] for step in (3, 3, 4)]
+    later = [dataclasses.replace(s, key=s.key._replace(occurrence=1)) for s in samples]
+    tokens = [[r.token_ids.tolist() for r in engine_of().generate(asked)] for asked in (samples, samples, later)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert all(len({tuple(t) for t in tokens[0][i : i + 3]}) > 1 for i in range(0, 12, 3))
 
 
 def test_greedy_is_transformers_generate_token_for_token(engine_of, config, processor):
     samples, model = load_samples(config), reference(config.model.hf_path)
-    rollouts = engine_of(temperature=0.0, n=2).generate(samples, step=0)
+    rollouts = engine_of(temperature=0.0, n=2).generate(samples)
     for sample, first, second in zip(samples, rollouts[::2], rollouts[1::2], strict=True):
         view = sample.student
         expected = model.generate(
@@ -128,10 +129,10 @@ def test_greedy_is_transformers_generate_token_for_token(engine_of, config, proc
 
 def test_forbidden_tokens_are_never_sampled_though_the_model_prefers_them(engine_of, config, processor):
     samples, model = load_samples(config), reference(config.model.hf_path)
-    liked = {int(t) for r in engine_of(temperature=0.0, n=1).generate(samples, 0) for t in r.token_ids}
+    liked = {int(t) for r in engine_of(temperature=0.0, n=1).generate(samples) for t in r.token_ids}
     forbidden = sorted((liked | set(processor.forbidden_token_ids)) - set(processor.end_token_ids))
     for temperature in (0.0, 1.0):
-        rollouts = engine_of(temperature=temperature, forbidden_token_ids=forbidden).generate(samples, 0)
+        rollouts = engine_of(temperature=temperature, forbidden_token_ids=forbidden).generate(samples)
         assert not {int(t) for r in rollouts for t in r.token_ids} & set(forbidden)
         assert largest_difference(model, rollouts) < TOLERANCE  # of the full vocabulary nevertheless
 
@@ -140,7 +141,7 @@ def test_at_other_temperatures_log_probs_miss_only_the_forbidden_tokens(servers,
     samples, model = load_samples(config, 2), reference(config.model.hf_path)
     with pytest.raises(OptionError, match="--logprobs-mode processed_logprobs"):
         engine_of(temperature=0.8)
-    for rollout in engine_of(servers[1].url, temperature=0.8).generate(samples, step=0):
+    for rollout in engine_of(servers[1].url, temperature=0.8).generate(samples):
         expected = scores(model, rollout, 0.8)
         left = 1 - expected[:, processor.forbidden_token_ids].exp().sum(-1)
         expected = expected.gather(-1, rollout.token_ids[:, None])[:, 0] - left.log()
@@ -151,15 +152,15 @@ def test_images_that_the_server_would_resize_are_refused(engine_of, config, proc
     (sample,) = load_samples(config, 1)
     sample.student = make_view(processor, PixelConfig(max_pixels=50_000), (200, 200))
     with pytest.raises(RunError, match=r"made \d+ tokens of the prompt of sample .* training has \d+; start it on"):
-        engine_of().generate([sample], step=0)
+        engine_of().generate([sample])
 
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(engine_of, config, processor):
     samples = load_samples(config)
-    free = engine_of().generate(samples, step=0)
+    free = engine_of().generate(samples)
     words = {processor.decode([t]) for r in free for t in r.token_ids[:-1].tolist()} - {""}
     stop = sorted(words)[:3]
-    stopped = engine_of(stop=tuple(stop)).generate(samples, step=0)
+    stopped = engine_of(stop=tuple(stop)).generate(samples)
     assert sum(len(r.token_ids) for r in stopped) < sum(len(r.token_ids) for r in free)
     for rollout, whole in zip(stopped, free, strict=True):
         length = len(rollout.token_ids)
@@ -179,7 +180,7 @@ def test_servers_take_over_new_weights_and_forget_what_came_of_the_old(engine_of
     stage = build_vlm(config, groups)
     sync = sync_into(config, groups, stage, server, tmp_path / "shared")
     engine, stale = engine_of(sync=sync, temperature=0.0, n=1), engine_of(sync=None, temperature=0.0, n=1)
-    engine.generate(samples, step=0)  # their images and prompts are in its caches now
+    engine.generate(samples)  # their images and prompts are in its caches now
     torch.manual_seed(0)
     for part in (".vision.", ".language."):  # the features of the images alone, then the language model
         with torch.no_grad():
@@ -187,14 +188,14 @@ def test_servers_take_over_new_weights_and_forget_what_came_of_the_old(engine_of
                 if part in name and parameter.ndim > 1:
                     parameter.add_(0.05 * torch.randn_like(parameter))
         stale.sync_weights()  # none
-        assert largest_difference(old, stale.generate(samples, step=1)) < TOLERANCE
+        assert largest_difference(old, stale.generate(samples)) < TOLERANCE
         begin = time.monotonic()
         engine.sync_weights()
         seconds = time.monotonic() - begin
         assert not list((tmp_path / "shared").iterdir())  # nothing stays behind
         sync.write(tmp_path / f"weights{part}")
         new = reference(tmp_path / f"weights{part}")
-        rollouts = engine.generate(samples, step=1)
+        rollouts = engine.generate(samples)
         difference, far = largest_difference(new, rollouts), largest_difference(old, rollouts)
         print(f"{part}: {seconds:.2f} s, difference to new {difference:.2e}, to old {far:.2e}")
         assert difference < TOLERANCE and far > 0.05
@@ -202,7 +203,7 @@ def test_servers_take_over_new_weights_and_forget_what_came_of_the_old(engine_of
     original = Path(config.model.hf_path)
     engine.sync.write = functools.partial(shutil.copytree, original)
     engine.sync_weights()
-    assert largest_difference(reference(original), engine.generate(samples, step=2)) < TOLERANCE
+    assert largest_difference(reference(original), engine.generate(samples)) < TOLERANCE
 
 
 def rollouts_of_rank(config, urls, layout, retries=3):
@@ -213,7 +214,7 @@ def rollouts_of_rank(config, urls, layout, retries=3):
     samples = load_samples(config)[dp.rank() :: dp.size()]
     try:
         engine = VLLMEngine(urls, params_of(processor), groups, processor, None, retries=retries)
-        return [(r.sample.id, r.index, r.token_ids.tolist(), r.log_probs.tolist()) for r in engine.generate(samples, 0)]
+        return [(r.sample.id, r.index, r.token_ids.tolist(), r.log_probs.tolist()) for r in engine.generate(samples)]
     except EngineLost as error:
         return str(error)
 
@@ -222,7 +223,7 @@ def rollouts_of_rank(config, urls, layout, retries=3):
 def test_ranks_of_a_model_parallel_group_get_the_same_and_others_their_share(engine_of, config, server, layout):
     alone = {
         (r.sample.id, r.index): (r.token_ids.tolist(), r.log_probs.tolist())
-        for r in engine_of().generate(load_samples(config), 0)
+        for r in engine_of().generate(load_samples(config))
     }
     ranks = run_distributed(rollouts_of_rank, 2, config, [server.url], layout, timeout=120)
     assert (ranks[0] == ranks[1]) == bool(layout)
@@ -244,8 +245,8 @@ def test_a_server_killed_in_between_ends_the_run_on_all_ranks(servers, server, e
     killer.start()
     begin = time.monotonic()
     with pytest.raises(EngineLost) as error:
-        for step in range(100):
-            engine.generate(load_samples(config), step)
+        for _ in range(100):
+            engine.generate(load_samples(config))
     print(f"after {time.monotonic() - begin:.1f} s: {error.value}")
     assert str(error.value).startswith(f"vLLM at {lost.url} is lost: /") and "failed 3 times" in str(error.value)
     assert time.monotonic() - begin < 30

@@ -1,7 +1,5 @@
 import json
 import multiprocessing
-import pickle
-import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -9,90 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nemo_vopd.batch import DroppedSample, PromptBatch
+from nemo_vopd.batch import DroppedSample
 from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.data.assets import ensure_tiny_assets
+from nemo_vopd.data.encoder import iterate_samples
+from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.task_encoder import build_train_loader, iterate_samples
-from nemo_vopd.errors import OptionError
-
-
-def batches(config, processor, count, *, seed=1, dp_rank=0, dp_size=1, teacher_view="crop"):
-    loader = build_train_loader(config, teacher_view, processor, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
-    return take(iter(loader), count)
-
-
-def take(iterator, count):
-    """The first batches; closing frees the workers at once, the garbage collector would take 5 s for it."""
-    try:
-        return list(islice(iterator, count))
-    finally:
-        iterator.close()
-
-
-def ids(batch):
-    return [sample.id for sample in batch.samples]
-
-
-def assert_same(left, right):
-    assert (left.id, left.question, left.answer) == (right.id, right.question, right.answer)
-    for name in ("student", "teacher"):
-        for key, value in vars(getattr(left, name)).items():
-            assert torch.equal(value, getattr(getattr(right, name), key)), (left.id, name, key)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_global_batches_do_not_depend_on_the_layout(data_config, processor, num_workers):
-    config = replace(data_config, num_workers=num_workers)
-    whole = batches(config, processor, 15)  # 120 records: more than one pass over the 96
-    assert all(isinstance(batch, PromptBatch) and len(batch.samples) == 8 for batch in whole)
-    for dp_size in (2, 4) if num_workers == 0 else (2,):
-        parts = [batches(config, processor, 15, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-        for step, batch in enumerate(whole):
-            for rank, part in enumerate(parts):
-                assert len(part[step].samples) == 8 // dp_size
-                for mine, theirs in zip(part[step].samples, batch.samples[rank::dp_size], strict=True):
-                    assert_same(mine, theirs)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_order_follows_the_seed(data_config, processor, num_workers):
-    config = replace(data_config, num_workers=num_workers)
-    first, again, other = ([ids(batch) for batch in batches(config, processor, 12, seed=seed)] for seed in (1, 1, 2))
-    assert first == again != other
-    flat = sum(first, [])
-    if num_workers == 0:
-        assert len(set(flat)) > 60 and flat != sorted(flat)
-    # the whole set is visited, again and again
-    many = {name for batch in batches(config, processor, 40, seed=1) for name in ids(batch)}
-    assert len(many) == 96
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_state_restores_at_the_exact_batch_on_any_rank(data_config, processor, num_workers):
-    config = replace(data_config, num_workers=num_workers)
-    loader = build_train_loader(config, "crop", processor, seed=3, dp_rank=0, dp_size=1)
-    iterator = iter(loader)
-    for _ in range(7):
-        next(iterator)
-    state = pickle.dumps(loader.save_state_rank())
-    expected = [ids(batch) for batch in take(iterator, 9)]
-    other = build_train_loader(config, "crop", processor, seed=3, dp_rank=1, dp_size=2)
-    other.restore_state_rank(pickle.loads(state))
-    assert [ids(batch) for batch in take(iter(other), 9)] == [batch[1::2] for batch in expected]
-
-
-def test_state_is_the_same_on_every_rank(data_config, processor):
-    states = []
-    for rank in range(2):
-        loader = build_train_loader(data_config, "crop", processor, seed=3, dp_rank=rank, dp_size=2)
-        iterator = iter(loader)
-        for _ in range(5):
-            next(iterator)
-        state = loader.save_state_rank()
-        states.append(str(state.worker_states[0]) + str(state.next_worker_id))
-    assert states[0] == states[1]
 
 
 def test_stored_order_and_limit(data_config, processor):
@@ -154,10 +75,11 @@ def test_unusable_samples_are_counted_and_the_run_goes_on(data_config, processor
     always = {"thin": "extreme_aspect", "long": "overlong_prompt", "special": "malformed_record"}
     assert reasons("crop") == always
     assert reasons("boxed") == {**always, "no box": "missing_box"}
-    for batch in batches(config, processor, 3):
-        assert len(batch.samples) + len(batch.dropped) == 10
-        assert set(ids(batch)) <= {"good", "no box"}
-        assert all(always[item.id] == item.reason for item in batch.dropped)
+    loader = build_train_loader(config, "crop", processor, seed=1, dp_rank=0, dp_size=1)
+    for batch in islice(loader, 3):  # two epochs each
+        assert sorted(sample.id for sample in batch.samples) == ["good", "good", "no box", "no box"]
+        assert {item.id: item.reason for item in batch.dropped} == always and len(batch.dropped) == 6
+    loader.close()
 
 
 def test_overlong_questions_are_refused_before_they_are_tokenized(data_config, processor, monkeypatch):
@@ -185,41 +107,6 @@ def test_longer_of_both_views_decides_overlong(data_config, processor):
     config = replace(config, crop_pixels=PixelConfig(12544, 12544))
     dropped = list(iterate_samples(config.path, config, "crop", processor))
     assert {item.reason for item in dropped} == {"overlong_prompt"} and "data.max_prompt_length=20" in dropped[0].detail
-
-
-def test_batches_cross_processes_by_value(data_config, processor):
-    batch = batches(data_config, processor, 1)[0]
-    data = pickle.dumps(batch)
-    copy = pickle.loads(data)
-    for left, right in zip(batch.samples, copy.samples, strict=True):
-        assert_same(left, right)
-    copy.samples[0].student.pixel_values.zero_()  # writable, and nobody else's memory
-    copy.samples[0].student.token_ids.add_(1)
-    assert batch.samples[0].student.pixel_values.any()
-
-
-def test_wrong_options(data_config, processor, tmp_path):
-    with pytest.raises(OptionError) as caught:
-        build_train_loader(data_config, "crop", processor, seed=1, dp_rank=0, dp_size=3)
-    assert caught.value.option == "data.batch_size"
-    with pytest.raises(OptionError, match="data.num_workers=97"):
-        crowded = replace(data_config, num_workers=97)
-        build_train_loader(crowded, "crop", processor, seed=1, dp_rank=0, dp_size=1)
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "none", tmp_path / "empty"):
-        with pytest.raises(OptionError, match="prepare_data.py") as caught:
-            build_train_loader(replace(data_config, path=str(path)), "crop", processor, seed=1, dp_rank=0, dp_size=1)
-        assert caught.value.option == "data.path"
-        with pytest.raises(OptionError):
-            next(iterate_samples(path, data_config, "crop", processor))
-    shutil.copytree(data_config.path, tmp_path / "part")
-    (tmp_path / "part" / "shard-000003.tar").unlink()
-    with pytest.raises(OptionError, match="lacks shard-000003.tar"):
-        next(iterate_samples(tmp_path / "part", data_config, "crop", processor))
-    for text in ("{", "[]", "{}", '{"shard_counts": 3}'):
-        (tmp_path / "part" / ".nv-meta" / ".info.json").write_text(text)
-        with pytest.raises(OptionError, match="is damaged"):
-            next(iterate_samples(tmp_path / "part", data_config, "crop", processor))
 
 
 def test_tiny_assets_are_made_once_by_concurrent_processes(tmp_path, data_config):
