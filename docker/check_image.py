@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docker")]
 
-from keep_base import dependencies, normal  # noqa: E402
+from keep_base import normal, requirements  # noqa: E402
 
 MODULES = (
     "torch.distributed.run",
@@ -81,26 +81,22 @@ def version(name: str) -> str | None:
 
 
 def check_versions(table: Table, cpu: bool, base: dict[str, str]) -> None:
-    """Dependencies lie in the ranges of pyproject.toml; what the base image brought is what is installed."""
-    for entry in dependencies((ROOT / "pyproject.toml").read_text()):
+    """Packages lie in the ranges of pyproject.toml; what the base image brought is what is installed."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    wanted = [(entry, "install such a version") for entry in requirements(pyproject)]
+    if not cpu:
+        remedy = "build on an NGC PyTorch image that has it, or check with --cpu"
+        wanted += [(entry, remedy) for entry in requirements(pyproject, "gpu")]
+    for entry, remedy in wanted:
         name = re.split(r"[\[<>=!~ ;]", entry)[0]
         found = version(name)
-        if found is None:
-            table.add(name, "absent", "is a dependency of pyproject.toml; install it")
-        elif not _contains(entry, found):
-            table.add(name, found, f"pyproject.toml asks for {entry}; install a version in that range")
-        else:
-            table.add(name, found)
+        right = found is not None and _contains(entry, found)
+        table.add(name, found or "absent", "" if right else f"pyproject.toml asks for {entry}; {remedy}")
     for name, before in sorted(base.items()):
         now = version(name)
         if now != before:
             table.add(f"{name} of the base image", now or "absent", f"was {before}; nothing may replace it")
     table.add("packages of the base image", f"{len(base)} unchanged" if base else "not compared (no --base)")
-    for name in ("transformer-engine", "apex"):
-        found = version(name)
-        needed = not cpu and (name == "transformer-engine" or name in base)
-        missing = "is not installed; build on an NGC PyTorch image, or check with --cpu" if needed else ""
-        table.add(name, found or "absent", "" if found else missing)
 
 
 def _contains(entry: str, found: str) -> bool:
@@ -158,16 +154,14 @@ def check_configurations(table: Table) -> None:
 
 
 def check_torchrun(table: Table) -> None:
-    """Torchrun can hand SIGUSR1 on to the ranks, which is how a run is asked to save and end."""
+    """Torchrun can hand on the signal that asks a run to save and end, and wait for that as entrypoint.sh sets it."""
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().format_help()
-    known = "--signals-to-handle" in options
-    wrong = "" if known else "torch is too old to hand SIGUSR1 on; choose a base image with torch 2.10 or newer"
-    table.add("torchrun --signals-to-handle", "known" if known else "unknown", wrong)
-    # entrypoint.sh asks for 600 s; a torchrun older than torch 2.12 ignores that
-    patient = "--shutdown-timeout" in options
-    table.add("torchrun --shutdown-timeout", "known" if patient else "unknown: ranks have 30 s after SIGTERM")
+    for option in ("--signals-to-handle", "--shutdown-timeout"):
+        known = option in options
+        wrong = "" if known else "torch is too old; choose a base image with torch 2.12 or newer"
+        table.add(f"torchrun {option}", "known" if known else "unknown", wrong)
 
 
 def check_device(table: Table) -> None:
@@ -189,8 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base = {normal(k): v for k, v in json.loads(options.base.read_text()).items()} if options.base else {}
     table = Table()
-    right = sys.version_info >= (3, 10)
-    table.add("Python", sys.version.split()[0], "" if right else "is too old; choose a base image with 3.10 or newer")
+    right = sys.version_info >= (3, 12)
+    table.add("Python", sys.version.split()[0], "" if right else "is too old; choose a base image with 3.12 or newer")
     check_versions(table, options.cpu, base)
     if not table.faults:  # imports take a while and would only say the same at greater length
         check_imports(table, options.cpu, base)

@@ -77,7 +77,6 @@ if [ -f "$root/slurm/environment.sh" ]; then . "$root/slurm/environment.sh"; fi
 make_places
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this checkout, also where another one is installed
 # for torchrun, whoever starts it: hand SIGUSR1 on as well, and let the ranks finish a step and a save after a signal
-# (from torch 2.12 on; an older one ignores this and kills them after 30 s)
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 

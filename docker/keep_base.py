@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 KEPT = re.compile(r"(torch.*|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*|nvidia-.*|cuda-.*)")
@@ -33,10 +34,10 @@ def pins(text: str) -> dict[str, str]:
     return {normal(name): version for name, version in found}
 
 
-def dependencies(pyproject: str) -> list[str]:
-    """The entries of `project.dependencies`, as written."""
-    listed = re.search(r"^dependencies = \[\n(.*?)^\]", pyproject, flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r'^\s*"([^"]+)"', listed.group(1), flags=re.MULTILINE) if listed else []
+def requirements(pyproject: str, extra: str = "") -> list[str]:
+    """The entries of `project.dependencies`, or those of an extra, as written."""
+    project = tomllib.loads(pyproject)["project"]
+    return project["optional-dependencies"][extra] if extra else project["dependencies"]
 
 
 def keep(installed: dict[str, str], fixed: set[str]) -> dict[str, str]:
@@ -66,9 +67,7 @@ def main() -> None:
         installed[normal(name)] = package.version
         if not (package.read_text("RECORD") or package.read_text("installed-files.txt")):  # nobody knows its files
             fixed.add(normal(name))
-    kept, wanted = keep(installed, fixed), dependencies(pyproject.read_text())
-    if not wanted:
-        sys.exit(f"error: {pyproject}: has no list of dependencies that keep_base.py can read; one entry a line")
+    kept, wanted = keep(installed, fixed), requirements(pyproject.read_text())
     if "torch" not in kept:
         sys.exit("error: BASE: has no torch; give an NGC PyTorch or NeMo image")
     lines = constraints(kept, installed, wanted, pins(tested.read_text()))

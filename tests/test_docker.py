@@ -13,16 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from tests.helpers import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WANTED = {entry.name: entry for entry in map(Requirement, PROJECT["dependencies"])}
+(ENGINE,) = map(Requirement, PROJECT["optional-dependencies"]["gpu"])
 VERBS = "train plan prepare_data generate evaluate report convert_checkpoint benchmark quickstart".split()
 
 
@@ -90,6 +95,10 @@ def test_packages_are_a_layer_of_their_own_before_the_source():
         "docker/keep_base.py",
     }
     assert words.count("RUN") == 2 and words.count("COPY") == 1 and "apt" not in (ROOT / "Dockerfile").read_text()
+    # what keep_base.py finds must stay, so this one is gone before
+    assert packages.index("pip uninstall --yes --root-user-action=ignore nvidia-resiliency-ext") < packages.index(
+        "&& python /tmp/build/keep_base.py"
+    )
     # what changes with each commit comes after the layers that take long
     revision = next(i for i, (word, rest) in enumerate(instructions()) if word == "ARG" and "REVISION" in rest)
     assert revision > max(i for i, word in enumerate(words) if word == "RUN")
@@ -97,25 +106,42 @@ def test_packages_are_a_layer_of_their_own_before_the_source():
 
 def test_the_image_is_labelled_and_does_not_run_as_root():
     found = dict(instructions())
-    project = dict(re.findall(r'^(version|license) = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\S+)="([^"]*)"', found["LABEL"]))
-    assert labels["version"] == project["version"] and labels["licenses"] == project["license"]
+    assert labels["version"] == PROJECT["version"] and labels["licenses"] == PROJECT["license"]
     assert labels["revision"] == "${REVISION}" and labels["base.name"] == "${BASE}"
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", found["USER"])
     (entrypoint,) = json.loads(found["ENTRYPOINT"])
     assert entrypoint == "/opt/nemo_vopd/docker/entrypoint.sh" and ENTRYPOINT.stat().st_mode & stat.S_IXOTH
     base = next(rest for word, rest in instructions() if word == "ARG")
     assert re.fullmatch(r"BASE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base) and found["FROM"] == "${BASE}"
-    assert base.removeprefix("BASE=") in DOCUMENT
+
+
+def test_dockerfile_document_and_pyproject_agree_about_the_base():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+
+    def the(pattern: str) -> str:
+        """The one version that both texts name."""
+        in_dockerfile, in_document = (set(re.findall(pattern, text)) for text in (dockerfile, DOCUMENT))
+        assert in_dockerfile == in_document and len(in_document) == 1, (pattern, in_dockerfile, in_document)
+        return in_document.pop()
+
+    release = the(r"nvidia/pytorch:(\d\d\.\d\d)-py3")
+    assert f"build and test on {release}" in dockerfile
+    assert ENGINE.name == "transformer-engine" and the(r"Transformer Engine (\d+\.\d+)") in ENGINE.specifier
+    assert f">={the(r'Python (\d+\.\d+)')}" == PROJECT["requires-python"]
+    tested = module("keep_base").pins((ROOT / "constraints.txt").read_text())
+    for name, pattern in {"megatron-core": r"Megatron-Core (\d+\.\d+)", "torch": r"torch (\d+\.\d+)"}.items():
+        assert tested[name].startswith(the(pattern) + ".")
+    assert the(r"CUDA (\d+\.\d+)")
 
 
 # what the build installs
 
 
 IMAGE = {
-    "torch": "2.10.0a0+a36e1d39eb.nv26.1.42222806",
-    "numpy": "2.1.0",
-    "transformer-engine": "2.11.0+c188b533",
+    "torch": "2.13.0a0+8145d630e8.nv26.6.54250401",
+    "numpy": "2.3.5",
+    "transformer-engine": "2.16.0+4220403e",
     "apex": "0.1",
     "nvidia-modelopt": "0.40.0",
     "packaging": "25.0",
@@ -129,18 +155,14 @@ def test_constraints_keep_the_image_and_pin_the_rest_as_tested():
     keep_base = module("keep_base")
     kept = keep_base.keep(IMAGE, fixed={"pyyaml", "python-apt"})
     assert set(kept) == {"torch", "numpy", "transformer-engine", "apex", "nvidia-modelopt", "pyyaml"}
-    wanted = keep_base.dependencies((ROOT / "pyproject.toml").read_text())
-    assert (
-        wanted == pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    )
+    wanted = keep_base.requirements((ROOT / "pyproject.toml").read_text())
     tested = keep_base.pins((ROOT / "constraints.txt").read_text())
     lines = dict(line.split("==") for line in keep_base.constraints(kept, IMAGE, wanted, tested))
     assert kept.items() <= lines.items()
     assert all(tested[name] == version for name, version in lines.items() if name not in kept)
-    direct = {name: lines[name] for name in ("megatron-core", "nemo-toolkit", "megatron-energon", "transformers")}
-    assert direct["megatron-core"] == "0.16.1" and lines["hydra-core"] == "1.3.2" and direct.keys() <= tested.keys()
+    assert {name for name, entry in WANTED.items() if entry.specifier} <= lines.keys()
     assert "packaging" not in lines, "pip keeps the image's where it will do"
-    fixed = keep_base.keep({"torch": "2.10", "hydra-core": "1.3.1"}, fixed={"hydra-core"})
+    fixed = keep_base.keep({"torch": "2.13", "hydra-core": "1.3.1"}, fixed={"hydra-core"})
     assert "hydra-core==1.3.1" in keep_base.constraints(fixed, fixed, wanted, tested), "pip must not try to replace it"
 
 
@@ -151,7 +173,7 @@ def test_keep_base_writes_what_pip_is_given(tmp_path):
     base = json.loads((tmp_path / "base" / "base.json").read_text())
     lines = (tmp_path / "base" / "constraints.txt").read_text().split()
     assert {"torch", "numpy"} <= base.keys() and {f"{name}=={version}" for name, version in base.items()} <= set(lines)
-    assert "megatron-core>=0.16.1,<0.17" in (tmp_path / "base" / "requirements.txt").read_text().splitlines()
+    assert (tmp_path / "base" / "requirements.txt").read_text().splitlines() == PROJECT["dependencies"]
     done = subprocess.run([sys.executable, "-I", "-S", *command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "error: BASE: has no torch; give an NGC PyTorch or NeMo image\n")
 
@@ -161,13 +183,27 @@ def test_check_without_transformer_engine_fails_with_one_line():
         pytest.skip("Transformer Engine is installed here")
     done = subprocess.run([sys.executable, "docker/check_image.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and re.search(r"^transformer-engine +WRONG +absent$", done.stdout, re.MULTILINE)
-    assert done.stderr.startswith("error: transformer-engine=absent: is not installed") and done.stderr.count("\n") == 1
+    wanted = PROJECT["optional-dependencies"]["gpu"][0]
+    assert done.stderr.startswith(f"error: transformer-engine=absent: pyproject.toml asks for {wanted}; build on")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("found, right", [(IMAGE["transformer-engine"], True), ("1.13.0", False), ("99.0", False)])
+def test_check_holds_transformer_engine_to_the_range_of_pyproject(found, right, monkeypatch):
+    check = module("check_image")
+    real = check.version
+    monkeypatch.setattr(check, "version", lambda name: found if name == "transformer-engine" else real(name))
+    table = check.Table()
+    check.check_versions(table, cpu=False, base={})
+    assert [fault.split(":")[0] for fault in table.faults] == ([] if right else [f"transformer-engine={found}"])
 
 
 def test_check_passes_here_with_cpu(capsys):
     assert module("check_image").main(["--cpu"]) == 0
     table = capsys.readouterr().out
-    assert "WRONG" not in table and re.search(r"^megatron-core +ok +0\.16\.", table, re.MULTILINE)
+    assert "WRONG" not in table and "transformer-engine" not in table
+    (found,) = re.findall(r"^megatron-core +ok +(\S+)$", table, re.MULTILINE)
+    assert found in WANTED["megatron-core"].specifier
     assert re.search(r"^import nemo_vopd\.runtime\.training +ok +imported$", table, re.MULTILINE)
     assert re.search(r"^conf/train_72b\.yaml +ok +composes$", table, re.MULTILINE)
 
@@ -175,10 +211,10 @@ def test_check_passes_here_with_cpu(capsys):
 def test_check_names_what_is_wrong(capsys, tmp_path, monkeypatch):
     check = module("check_image")
     base = tmp_path / "base.json"
-    base.write_text(json.dumps({"torch": "2.10.0a0+nv", "apex": "0.1"}))
+    base.write_text(json.dumps({"torch": "2.13.0a0+nv", "apex": "0.1"}))
     assert check.main(["--cpu", "--base", str(base)]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"^error: torch of the base image=\S+: was 2\.10\.0a0\+nv; nothing may replace it$", error, re.M)
+    assert re.search(r"^error: torch of the base image=\S+: was 2\.13\.0a0\+nv; nothing may replace it$", error, re.M)
     assert "error: apex of the base image=absent: was 0.1" in error
 
     monkeypatch.setattr(check, "MODULES", ("hydra", "nemo_vopd.nosuch"))
@@ -186,9 +222,10 @@ def test_check_names_what_is_wrong(capsys, tmp_path, monkeypatch):
     assert "error: import nemo_vopd.nosuch=failed: ModuleNotFoundError: No module named" in capsys.readouterr().err
 
     real = check.version
-    monkeypatch.setattr(check, "version", lambda name: "0.17.0" if name == "megatron-core" else real(name))
+    monkeypatch.setattr(check, "version", lambda name: "0.16.1" if name == "megatron-core" else real(name))
     assert check.main(["--cpu"]) == 1
-    assert "error: megatron-core=0.17.0: pyproject.toml asks for megatron-core>=0.16.1,<0.17" in capsys.readouterr().err
+    (wanted,) = [entry for entry in PROJECT["dependencies"] if entry.startswith("megatron-core")]
+    assert f"error: megatron-core=0.16.1: pyproject.toml asks for {wanted}; install" in capsys.readouterr().err
 
 
 # how the container starts

@@ -81,7 +81,7 @@ def test_a_run_writes_metrics_and_tensorboard_and_says_what_serves_it(trained):
     assert all(line["mismatch_mean"] <= line["mismatch_max"] < 1e-4 and line["mismatch_share"] == 0 for line in metrics)
     assert [line["lr"] for line in metrics] == pytest.approx([2e-7, 4e-7, 6e-7])
     assert list((folder / "run" / "logs").glob("events.out.tfevents*"))
-    assert "attention: torch scaled_dot_product_attention" in done.stdout and "megatron-core 0.16" in done.stdout
+    assert "attention: torch scaled_dot_product_attention" in done.stdout and "megatron-core 0.19" in done.stdout
     assert "mean_response_length=" in done.stdout and "tokens_per_second=" in done.stdout
 
 

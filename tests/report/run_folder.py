@@ -28,7 +28,7 @@ SUMMARY = {
 ENVIRONMENT = {
     "layout": {"processes": 8, "tensor": 4, "pipeline": 2, "data": 1, "sequence_parallel": True},
     "implementations": {"attention": "Transformer Engine", "device": "NVIDIA H100 80GB HBM3"},
-    "versions": {"torch": "2.9.1", "megatron-core": "0.16.1"},
+    "versions": {"torch": "2.13.0", "megatron-core": "0.19.2"},
 }
 
 

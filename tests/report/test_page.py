@@ -129,7 +129,7 @@ def test_headline_charts_and_facts(full):
     for heading in ("Loss", "Gradient norm", "Top-k mass", "Time by phase", "Mismatch of engine and trainer"):
         assert heading in page.texts
     assert "learning rate 2e\u22126; responses 64" in page.text  # lines that never move are words, not charts
-    for fact in ("1234", "1,832,448", "8 min 41 s", "3 min 20 s", "torch", "2.9.1", "NVIDIA H100 80GB HBM3"):
+    for fact in ("1234", "1,832,448", "8 min 41 s", "3 min 20 s", "torch", "2.13.0", "NVIDIA H100 80GB HBM3"):
         assert fact in page.texts
 
 
