@@ -3,7 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-PYTHON ?= python3
+# The first interpreter that Megatron-Core 0.19 runs on; PYTHON=... names another one.
+FITS := import sys; sys.exit(sys.version_info < (3, 12))
+PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
+  "$$python" -c '$(FITS)' 2>/dev/null && echo "$$python" && break; done)
+# The wheel of PyPI brings CUDA (4.7 GB). On a machine without a GPU a CPU wheel does as well:
+#   make quickstart TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -16,17 +22,20 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch first and by itself: asked for by another package, the newest build with gigabytes of CUDA would be taken.
-# With SYSTEM_PACKAGES=1 the torch, Transformer Engine and apex of an NGC image are used and left as they are.
+# torch comes first and by itself, so that TORCH decides which build it is. With SYSTEM_PACKAGES=1 the torch, Transformer
+# Engine and apex of an NGC image are used and left as they are. An environment of an older Python is made anew.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "error: PYTHON=$(PYTHON): is Python %d.%d; give Python 3.10 or newer, PYTHON=python3.11" % v[:2])'
+	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { echo "error: PYTHON=$(PYTHON): Python 3.12 or newer is needed and" \
+	  "was not found; install it (apt-get install python3.12-venv, uv python install 3.12 or pyenv install 3.12)" \
+	  "or give PYTHON=/path/to/python3.12"; exit 2; }
+	@$(BIN)/python -c '$(FITS)' 2>/dev/null || rm -rf $(VENV)
 ifdef SYSTEM_PACKAGES
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/python -m pip freeze | grep -E '^(torch|numpy)==' > $(VENV)/image.txt || true
 	$(BIN)/python -m pip install --quiet -c $(VENV)/image.txt -e '.[test,lint]'
 else
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
 endif
 	touch $@

@@ -93,6 +93,15 @@ def _tell_end(model: VisionOPDModel) -> None:
     print(f"ended after step {status['step']} of {status['max_steps']}: {status['reason']}{saved}{again}", flush=True)
 
 
+_ANNOUNCERS = {
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+}
+"""Parts of Megatron-Core 0.19 that announce at every start what a later version, which is not installed, changes."""
+
+
 def build_trainer(config: Config) -> Trainer:
     """Lightning's trainer over the existing process group."""
     world, nodes = dist.get_world_size(), config.num_nodes
@@ -131,4 +140,4 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("megatron."):
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.ERROR if name in _ANNOUNCERS else logging.WARNING)
