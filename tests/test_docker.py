@@ -20,9 +20,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from tests.distributed import HANG, ROOT
 from tests.helpers import read_lines
 
-ROOT = Path(__file__).resolve().parents[1]
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -240,7 +240,7 @@ def start(tmp_path):
         env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         env |= {"PYTHON": python, "TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton"), **extra}
         command = [*prefix, "bash", str(ENTRYPOINT), *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG)
 
     return run
 
@@ -334,11 +334,11 @@ def test_python_takes_the_place_of_the_shell_so_signals_reach_it(tmp_path):
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
     assert int((tmp_path / "pid").read_text()) == process.pid
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 7
+    assert process.wait(HANG) == 7
 
 
-def wait_for(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -429,8 +429,8 @@ def test_a_pod_is_done_when_the_run_is_finished(manifest, tmp_path):
     pod = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     wait_for(up.exists)
     hook = [local(word) for word in container["lifecycle"]["preStop"]["exec"]["command"]]
-    subprocess.run(hook, timeout=20, stderr=subprocess.DEVNULL)
-    assert pod.wait(10) == 1 and json.loads(status.read_text())["step"] == 10
+    subprocess.run(hook, timeout=HANG, stderr=subprocess.DEVNULL)
+    assert pod.wait(HANG) == 1 and json.loads(status.read_text())["step"] == 10
 
     env["PYTHON"] = script(tmp_path / "torchrun", f"cp {tmp_path}/done {status}")
     assert subprocess.run(command, env=env).returncode == 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 from nemo_vopd.data.synthetic import write_digits
-from tests.test_recipes import ROOT, run
+from tests.distributed import ROOT, run_recipe
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -21,8 +20,8 @@ SMALL = {
 }
 
 
-def local(command: str, folder: Path, model: Path) -> list[str]:
-    """The arguments of a README command with its placeholders replaced."""
+def local(command: str, folder: Path, model: Path) -> tuple[int, list[str]]:
+    """Number of processes and arguments of a README command with its placeholders replaced."""
     command = command.replace("my/", f"{folder}/").replace("Qwen2.5-VL-7B-Instruct", str(model))
     command = command.replace("runs/", f"{folder}/runs/")
     command = command.replace("photo.jpg", next((folder / "images").iterdir()).relative_to(folder).as_posix())
@@ -31,13 +30,15 @@ def local(command: str, folder: Path, model: Path) -> list[str]:
         "parallel.tensor=4", "parallel.tensor=2"
     )
     program, *arguments = shlex.split(command)
-    interpreter = [sys.executable, "-W", "ignore"]
-    prefix = [*interpreter, "-m", "torch.distributed.run", "--standalone"] if program == "torchrun" else interpreter
+    nproc = 1
+    if program == "torchrun":
+        assert arguments[0] == "--nproc-per-node"
+        nproc, arguments = int(arguments[1]), arguments[2:]
     extra = [item for key, items in SMALL.items() if key in command for item in items]
     if "train_vopd" in command:
         name = "train" if "--config-name train" in command else "tiny"
         extra.append(f"exp_manager.exp_dir={folder}/runs/{name}")
-    return [*prefix, *arguments, *extra]
+    return nproc, [*arguments, *extra]
 
 
 def test_make_targets_exist():
@@ -53,7 +54,8 @@ def test_commands_run_in_order(assets, tmp_path):
     commands = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
     assert len(commands) == 9
     for command in commands:
-        done = run(*local(command, tmp_path / "my", assets / "tiny-vlm"), NEMO_VOPD_TINY=str(assets))
+        nproc, arguments = local(command, tmp_path / "my", assets / "tiny-vlm")
+        done = run_recipe(*arguments, nproc=nproc, NEMO_VOPD_TINY=str(assets))
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     assert (tmp_path / "my" / "runs" / "train" / "results" / "gap.json").exists()
     assert (tmp_path / "my" / "runs" / "train" / "report.html").exists()

@@ -1,4 +1,8 @@
-"""The command lines: what users type, what they get, and how their mistakes end."""
+"""The command lines: what users type, what they get, and how their mistakes end.
+
+What depends on the process itself (signals, torchrun, another folder, the first import) starts real ones; the others
+run in processes that have the imports already (`tests.distributed.run_recipe`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,14 +26,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_vopd.config import PixelConfig
 from nemo_vopd.data.processor import Processor
+from tests.distributed import HANG, ROOT, run_recipe
 from tests.helpers import read_lines
 from tests.reference import response_logits
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-W", "ignore"]
 
 
-def run(*command: str, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+def launch(*command: str, cwd: Path = ROOT, timeout: float = HANG, **env: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -39,7 +44,7 @@ def trained(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     dump = folder / "rollouts.jsonl"
     arguments = [f"rollout.dump_path={dump}", f"exp_manager.exp_dir={folder / 'run'}", "trainer.max_steps=3"]
-    done = run(
+    done = launch(
         *PYTHON,
         str(ROOT / "recipes/train_vopd.py"),
         "--config-name",
@@ -87,7 +92,7 @@ def test_a_run_writes_metrics_and_tensorboard_and_says_what_serves_it(trained):
 
 def test_torchrun_with_tensor_parallelism_replays_to_the_same_numbers(trained, assets):
     folder, _ = trained
-    done = run(
+    done = launch(
         *PYTHON,
         "-m",
         "torch.distributed.run",
@@ -120,8 +125,8 @@ def test_srun_variables_alone_make_a_distributed_run(trained, assets, tmp_path):
     def task(rank: int):
         slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
         slurm |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
-        command = [*PYTHON, "recipes/train_vopd.py", *arguments, "trainer.max_steps=2"]
-        return run(*command, NEMO_VOPD_TINY=str(assets), **slurm)
+        command = ["recipes/train_vopd.py", "--config-name", "tiny", *arguments, "trainer.max_steps=2"]
+        return run_recipe(*command, NEMO_VOPD_TINY=str(assets), **slurm)
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(task, range(2)):
@@ -137,7 +142,7 @@ def start(*arguments: str, assets: Path) -> subprocess.Popen:
 
 
 def wait_for_steps(folder: Path, num: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < num:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-2000:]
         time.sleep(0.05)
@@ -148,12 +153,12 @@ def test_a_signal_ends_a_run_in_order_and_the_same_command_resumes_it(assets, tm
     process = start(*command, "trainer.max_steps=100000", assets=assets)
     wait_for_steps(tmp_path, 2, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0, output[-2000:]
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["reason"] == "SIGTERM" and status["finished"] is False and status["step"] >= 2
     assert "the same command resumes it" in output
-    done = run(*PYTHON, *command, f"trainer.max_steps={status['step'] + 2}", NEMO_VOPD_TINY=str(assets))
+    done = run_recipe(*command, f"trainer.max_steps={status['step'] + 2}", NEMO_VOPD_TINY=str(assets))
     assert done.returncode == 0 and f"resuming after step {status['step']} from" in done.stdout
     assert json.loads((tmp_path / "status.json").read_text())["finished"] is True
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(status["step"] + 2))
@@ -166,7 +171,7 @@ def test_a_signal_while_loading_is_not_lost(assets, tmp_path):
         time.sleep(0.01)
     assert not (tmp_path / "status.json").exists()  # Megatron is not even loaded
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0, output[-2000:]
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["reason"] == "SIGUSR1" and status["step"] == 0 and status["finished"] is False
@@ -183,9 +188,9 @@ def test_a_killed_rank_ends_the_job(assets, tmp_path):
     assert len(ranks) == 2
     family = [descendant for rank in ranks for descendant in [rank, *rank.children(recursive=True)]]
     ranks[1].kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert process.returncode != 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=HANG)
     assert not alive, "ranks or their children survived"
 
 
@@ -217,38 +222,36 @@ MISTAKES = {
 
 
 def test_mistakes_end_with_one_line_and_code_2(assets, tmp_path):
-    def attempt(name):
-        arguments = [f"exp_manager.exp_dir={tmp_path / name.replace(' ', '_')}", *MISTAKES[name][0]]
-        command = [*PYTHON, "recipes/train_vopd.py", "--config-name", "tiny", *arguments]
-        return name, run(*command, NEMO_VOPD_TINY=str(assets))
-
-    with ThreadPoolExecutor(2) as pool:
-        for name, done in pool.map(attempt, MISTAKES):
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            assert done.returncode == 2, f"{name}: code {done.returncode}\n{done.stderr[-2000:]}"
-            assert len(errors) == 1 and MISTAKES[name][1] in errors[0] and "; " in errors[0], f"{name}: {errors}"
-            assert "Traceback" not in done.stderr, name
+    for name, (arguments, words) in MISTAKES.items():
+        folder = f"exp_manager.exp_dir={tmp_path / name.replace(' ', '_')}"
+        command = ["recipes/train_vopd.py", "--config-name", "tiny", folder, *arguments]
+        run = run_recipe if name != "unknown key" else partial(launch, *PYTHON)  # one as a user starts it
+        done = run(*command, NEMO_VOPD_TINY=str(assets))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2, f"{name}: code {done.returncode}\n{done.stderr[-2000:]}"
+        assert len(errors) == 1 and words in errors[0] and "; " in errors[0], f"{name}: {errors}"
+        assert "Traceback" not in done.stderr, name
 
 
 def test_options_may_stand_before_flags_and_help_helps():
-    done = run(*PYTHON, "recipes/train_vopd.py", "rollout.n=-3", "--config-name", "tiny")
+    done = run_recipe("recipes/train_vopd.py", "rollout.n=-3", "--config-name", "tiny")
     assert done.returncode == 2 and "rollout.n=-3" in done.stderr
-    done = run(*PYTHON, "recipes/train_vopd.py", "--help")
+    done = run_recipe("recipes/train_vopd.py", "--help")
     assert done.returncode == 0 and "teacher_view" in done.stdout
 
 
 def test_benchmark_takes_its_part_as_a_word(tmp_path):
     sizes = ["loss.num_tokens=[48]", "loss.vocab_size=1000", "loss.hidden_size=64", "repeats=1"]
-    done = run(*PYTHON, "recipes/benchmark.py", "loss", *sizes, f"output={tmp_path}/loss.json")
+    done = run_recipe("recipes/benchmark.py", "loss", *sizes, f"output={tmp_path}/loss.json")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
     assert [row["loss"] for row in rows] == ["dense", "fused"] and all(row["ms"] > 0 for row in rows)
-    done = run(*PYTHON, "recipes/benchmark.py", "lost")
+    done = run_recipe("recipes/benchmark.py", "lost")
     assert done.returncode == 2 and "part=lost: must be one of loss, rollout, step" in done.stderr
 
 
 def test_an_unknown_run_lists_the_known_ones():
-    done = run(*PYTHON, "recipes/train_vopd.py", "--config-name", "nonsense")
+    done = run_recipe("recipes/train_vopd.py", "--config-name", "nonsense")
     assert done.returncode == 2 and "evaluate" in done.stderr and "tiny" in done.stderr and "train" in done.stderr
 
 
@@ -257,13 +260,11 @@ def test_a_mistake_that_only_one_rank_meets_is_told(trained, assets, tmp_path):
     lines = (folder / "rollouts.jsonl").read_text().splitlines()
     # the second prompt of the first batch belongs to rank 1
     second = next(line for line in lines if read_id(line) != read_id(lines[0]))
-    partial = tmp_path / "partial.jsonl"
-    partial.write_text("".join(line + "\n" for line in lines if read_id(line) != read_id(second)))
-    done = run(
-        *[*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipes/train_vopd.py"],
-        *["rollout=replay", f"rollout.path={partial}", f"exp_manager.exp_dir={tmp_path / 'run'}"],
-        NEMO_VOPD_TINY=str(assets),
-    )
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(line + "\n" for line in lines if read_id(line) != read_id(second)))
+    options = ["rollout=replay", f"rollout.path={some}", f"exp_manager.exp_dir={tmp_path / 'run'}"]
+    command = ["recipes/train_vopd.py", "--config-name", "tiny", *options]
+    done = run_recipe(*command, nproc=2, NEMO_VOPD_TINY=str(assets))
     assert done.returncode != 0 and f"has no response to sample {read_id(second)}" in done.stderr
 
 
@@ -275,15 +276,14 @@ def test_the_quickstart_leaves_other_peoples_files_alone(tmp_path):
     precious = tmp_path / "data" / "precious"
     precious.parent.mkdir()
     precious.touch()
-    done = run(*PYTHON, "recipes/quickstart.py", f"exp_manager.exp_dir={tmp_path}")
+    done = run_recipe("recipes/quickstart.py", f"exp_manager.exp_dir={tmp_path}")
     assert done.returncode == 2 and "holds data, which this recipe did not make" in done.stderr
     assert precious.exists()
 
 
 def test_evaluate_prints_the_gap(assets, tmp_path):
     output = tmp_path / "gap.json"
-    done = run(
-        *PYTHON,
+    done = run_recipe(
         "recipes/evaluate.py",
         f"model.hf_path={assets}/tiny-vlm",
         f"data.path={assets}/tiny-digits",
@@ -299,18 +299,17 @@ def test_evaluate_prints_the_gap(assets, tmp_path):
 
 
 def test_generate_answers_with_one_json_object(assets, tmp_path):
-    """Alone and under torchrun with tensor and pipeline parallelism: the same tokens, those of transformers."""
+    """Alone and in four processes with tensor and pipeline parallelism: the same tokens, those of transformers."""
     image = Image.new("RGB", (84, 56), (200, 30, 60))
     image.save(tmp_path / "image.png")
     request = [f"model.hf_path={assets}/tiny-vlm", f"image={tmp_path}/image.png", "prompt='Which digit, please?'"]
     request += ["max_new_tokens=6"]
-    alone = run(*PYTHON, "recipes/generate.py", *request)
+    alone = run_recipe("recipes/generate.py", *request)
     assert alone.returncode == 0, alone.stderr[-2000:]
     reply = json.loads(alone.stdout)
     assert set(reply) == {"text", "token_ids", "log_probs"} and len(reply["token_ids"]) == len(reply["log_probs"]) <= 6
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.pipeline_layout=[1,2]"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    split = run(*PYTHON, *torchrun, "recipes/generate.py", *request, *layout)
+    split = run_recipe("recipes/generate.py", *request, *layout, nproc=4)
     assert split.returncode == 0, split.stderr[-2000:]
     other = json.loads(split.stdout)
     assert other["token_ids"] == reply["token_ids"] and other["text"] == reply["text"]
@@ -327,12 +326,12 @@ def test_generate_answers_with_one_json_object(assets, tmp_path):
 
 def test_convert_from_the_command_line(assets, tmp_path):
     model = f"model.hf_path={assets}/tiny-vlm"
-    done = run(*PYTHON, "recipes/convert_checkpoint.py", "import", model, f"output={tmp_path}/checkpoint")
+    done = run_recipe("recipes/convert_checkpoint.py", "import", model, f"output={tmp_path}/checkpoint")
     assert done.returncode == 0, done.stderr[-2000:]
     export = ["recipes/convert_checkpoint.py", "export", f"checkpoint={tmp_path}/checkpoint", f"output={tmp_path}/hf"]
-    done = run(*PYTHON, *export, "weights=teacher")
+    done = run_recipe(*export, "weights=teacher")
     assert done.returncode == 0 and "wrote the teacher" in done.stdout, done.stderr[-2000:]
     original, exported = (load_file(folder / "model.safetensors") for folder in (assets / "tiny-vlm", tmp_path / "hf"))
     assert original.keys() == exported.keys() and all(torch.equal(original[n], exported[n]) for n in original)
-    done = run(*PYTHON, *export)
+    done = run_recipe(*export)
     assert done.returncode == 2 and "exists; choose another directory" in done.stderr

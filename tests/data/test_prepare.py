@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,8 +12,7 @@ from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.views import DROP_REASONS
 from nemo_vopd.errors import OptionError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed import HANG, ROOT
 
 
 @pytest.fixture
@@ -179,7 +177,7 @@ def test_recipe(folder):
     def run(*overrides):
         command = [sys.executable, str(ROOT / "recipes" / "prepare_data.py"), *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=HANG)
 
     source = write(folder, [GOOD, {**GOOD, "bbox": [5, 5, 5, 5]}])
     good = run(f"source={source}", "output=out/deep")

@@ -25,8 +25,8 @@ from nemo_vopd.data.preview import write_preview
 from nemo_vopd.data.synthetic import write_digits
 from nemo_vopd.errors import OptionError
 from tests.data.test_prepare import stored
+from tests.distributed import HANG, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CROP = {"scale": 2.0, "min_side": 28, "square": True}
 
 
@@ -289,7 +289,7 @@ def test_recipe_previews_and_verifies(folder, dataset, tmp_path):
     def run(*arguments):
         command = [sys.executable, str(ROOT / "recipes" / "prepare_data.py"), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=HANG)
 
     seen = run(f"source={folder}", "output=out", "crop.scale=3", "--preview")
     assert seen.returncode == 0 and "12 records in out.preview.png" in seen.stdout, seen.stderr

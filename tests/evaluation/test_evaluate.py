@@ -32,10 +32,11 @@ from nemo_vopd.evaluation.options import check
 from nemo_vopd.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.runtime.evaluation import evaluate
+from tests.distributed import HANG, ROOT, run_recipe
 from tests.evaluation.published import NUM, PUBLISHED, RIGHT, Server, png, reply, which
 from tests.evaluation.test_benchmarks import configured, served
 from tests.helpers import read_lines
-from tests.test_recipes import PYTHON, ROOT, run
+from tests.test_recipes import PYTHON
 
 
 @pytest.fixture
@@ -88,15 +89,15 @@ def test_a_killed_command_goes_on(vstar, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([*PYTHON, *command], cwd=ROOT, env=environment, **pipes)
-        answers, deadline = tmp_path / "out.vstar.answers.jsonl", time.monotonic() + 90
+        answers, deadline = tmp_path / "out.vstar.answers.jsonl", time.monotonic() + HANG
         while not answers.exists() or len(answers.read_text().splitlines()) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        process.wait(HANG)
         kept, server.slow = len(read_lines(answers)) - 1, False
         asked = len(server.requests)
-        done = run(*PYTHON, *command)
+        done = run_recipe(*command)
         assert done.returncode == 0, done.stderr[-2000:]
         assert 2 <= kept < NUM and len(server.requests) - asked == NUM - kept
         assert json.loads((tmp_path / "out.json").read_text())["results"]["vstar"]["accuracy"] == pytest.approx(4 / 6)
@@ -440,9 +441,8 @@ def test_native_evaluation_alone_and_over_two_ranks(assets, tmp_path):
     options = [f"model.hf_path={assets}/tiny-vlm", f"data.path={assets}/tiny-digits", "precision.dtype=fp32"]
     options += ["data.full.max_pixels=12544", "data.crop_pixels.max_pixels=3136", "rollout.max_response_length=4"]
     options += ["limit=21", "batch_size=4"]
-    alone = run(*PYTHON, "recipes/evaluate.py", *options, f"output={tmp_path}/alone.json")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    shared = run(*PYTHON, *torchrun, "recipes/evaluate.py", *options, f"output={tmp_path}/shared.json")
+    alone = run_recipe("recipes/evaluate.py", *options, f"output={tmp_path}/alone.json")
+    shared = run_recipe("recipes/evaluate.py", *options, f"output={tmp_path}/shared.json", nproc=2)
     assert alone.returncode == 0 and shared.returncode == 0, alone.stderr[-2000:] + shared.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "shared"))
     assert one == two and one["num_samples"] == 21

@@ -6,10 +6,11 @@ import sys
 import pytest
 
 from nemo_vopd.mcore import cpu
+from tests.distributed import HANG
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -36,6 +37,7 @@ import torch
 torch.cuda.is_available = lambda: True
 before = torch.zeros, torch.Tensor.type, torch.cuda.current_device
 from nemo_vopd.mcore import cpu
+from tests.distributed import HANG
 cpu.activate()
 print(before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device))
 """
@@ -48,6 +50,7 @@ import importlib.metadata, torch
 torch.cuda.is_available = lambda: False
 importlib.metadata.version = lambda name: "0.99.0"
 from nemo_vopd.mcore import cpu
+from tests.distributed import HANG
 try:
     cpu.activate()
 except RuntimeError as error:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +14,9 @@ from nemo_vopd.cli import CONF
 from nemo_vopd.config import Config
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.validation import from_hydra
-from tests.distributed import run_distributed
+from tests.distributed import ROOT, run_distributed, run_recipe
 from tests.helpers import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(file.stem for file in Path(CONF).glob("train_*.yaml"))
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vision_depth": 3}
 
@@ -259,12 +254,6 @@ def test_one_forward_one_backward_keeps_as_many_microbatches_as_stages_follow():
     assert most_alive(9, 3, 0, [1, 1]) == 8
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "recipes/plan.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
-
-
 def test_the_command_line():
     commands = [
         ("--json", "--config-name", "train_72b", "num_nodes=4", "gpu=h200", "assume.response_tokens=300"),
@@ -273,8 +262,7 @@ def test_the_command_line():
         ("--config-name", "train_72b", "gpu=h1"),
         ("--config-name", "train_72b", "gpus_per_node=many", "--json"),
     ]
-    with ThreadPoolExecutor(2) as pool:
-        h200, one_node, unknown, wrong_gpu, wrong_type = pool.map(lambda arguments: run(*arguments), commands)
+    h200, one_node, unknown, wrong_gpu, wrong_type = (run_recipe("recipes/plan.py", *line) for line in commands)
     assert h200.returncode == 0, h200.stderr[-3000:]
     plan = json.loads(h200.stdout)
     keys = "parameters stages gpu world_size layout batch flops step_seconds gpu_hours assumptions fits remedy".split()

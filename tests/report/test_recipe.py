@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.distributed import run_distributed
+from tests.distributed import ROOT, Finished, run_distributed, run_recipe
 from tests.helpers import read_lines, tiny_config
 from tests.report.run_folder import results
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def report(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "recipes/report.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+def report(*arguments: object, cwd: Path = ROOT) -> Finished:
+    return run_recipe("recipes/report.py", *map(str, arguments), cwd=cwd)
 
 
 def train(config) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.runtime.checkpoints import CheckpointFolder, read_manifest
-from tests.distributed import run_distributed, start_distributed
+from tests.distributed import HANG, run_distributed, start_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.runtime.test_resume import numbers
 
@@ -47,7 +47,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(assets, tmp_path):
     for attempt in range(KILLS):
         before = metrics.stat().st_ino if metrics.exists() else None
         ranks = start_distributed(run, 2, configs[attempt % 2])
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + HANG
         while time.monotonic() < deadline:  # until this start has written a step into a file of its own
             if metrics.exists() and metrics.stat().st_ino != before and len(metrics.read_text().splitlines()) > reached:
                 break
@@ -57,10 +57,10 @@ def test_twenty_kills_at_random_moments_lose_nothing(assets, tmp_path):
         during_save += any(p.name.startswith(".partial") for p in checkpoints.path.iterdir())
         os.kill(ranks[chance.randrange(2)].pid, signal.SIGKILL)
         for rank in ranks:
-            rank.join(timeout=30)
+            rank.join(timeout=HANG)
             survived = rank.is_alive()
             rank.kill()
-            assert not survived, "a rank survived the other's death by 30 s"
+            assert not survived, "a rank survived the other's death"
         manifests = [read_manifest(checkpoint) for checkpoint in checkpoints.complete()]
         step = manifests[-1]["step"] if manifests else 0
         assert step >= reached, "a complete checkpoint was lost"
@@ -164,13 +164,6 @@ def evil_state(checkpoint: Path, ran: Path) -> None:
     rewrite(checkpoint, "state.pt", (checkpoint / "state.pt").read_bytes())
 
 
-def evil_loader(checkpoint: Path, ran: Path) -> None:
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    state["loader"] = torch.frombuffer(bytearray(pickle.dumps(Payload(ran))), dtype=torch.uint8)
-    torch.save(state, checkpoint / "state.pt")
-    rewrite(checkpoint, "state.pt", (checkpoint / "state.pt").read_bytes())
-
-
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -179,7 +172,6 @@ def evil_loader(checkpoint: Path, ran: Path) -> None:
         (foreign, "is not a checkpoint of this program"),
         (evil_metadata, r"cannot be read \(io.open does not belong there\)"),
         (evil_state, "state.pt cannot be read"),
-        (evil_loader, r"cannot be read \(io.open does not belong there\)"),
     ],
 )
 def test_damaged_and_foreign_checkpoints_give_one_line(damage, message, finished, assets, tmp_path):
@@ -197,7 +189,6 @@ def test_damaged_and_foreign_checkpoints_give_one_line(damage, message, finished
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("data.num_workers=1", r"data.num_workers=1: the run to resume has \d, and the order"),
         ("seed=5", "seed=5: the run to resume has 1, and the order"),
         ("model.hf_path={other}", "is another model than the checkpoint's, which has num_layers 3"),
     ],

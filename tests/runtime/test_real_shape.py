@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +13,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from nemo_vopd.config import PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.tiny_model import write_tiny_model
+from tests.distributed import run_recipe
 from tests.reference import response_logits
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 
@@ -56,22 +52,9 @@ def source(tmp_path_factory) -> Path:
 
 def measure(*arguments: str) -> tuple[str, float]:
     """Standard output of a recipe and its peak resident memory in GiB."""
-    with open(os.devnull) as nothing:
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-        command = [sys.executable, "-W", "ignore", *arguments]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    deadline = time.monotonic() + 200
-    while True:
-        done, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if done:
-            break
-        assert time.monotonic() < deadline, process.kill()
-        time.sleep(0.05)
-    output, errors = process.stdout.read(), process.stderr.read()
-    assert os.waitstatus_to_exitcode(status) == 0, errors[-2000:]
-    return output, usage.ru_maxrss * 1024 / GIB
+    done = run_recipe(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, done.peak_gib
 
 
 def test_the_3b_shape_goes_through_import_export_and_generate(source, tmp_path):
