@@ -134,7 +134,7 @@ class Checkpointer:
             raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
         if manifest["layout"] == _layout(self.config):
             restore_rng(state["rng"][dist.get_rank()])
-        else:  # draws depend on seed, step and sample alone; no generator is used in a step
+        else:  # draws depend on seed, prompt and response alone; no generator is used in a step
             logging.info("resuming in another layout: generators start from the seed")
         self.last = path
         return state["step"]
