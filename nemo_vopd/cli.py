@@ -23,6 +23,23 @@ from nemo_vopd.errors import OptionError, RunError
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
+_ANNOUNCERS = (
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+
+def quiet_announcements() -> None:
+    """Silence the parts of Megatron-Core 0.19 that announce at every start what a later version will change.
+
+    They would stand on standard output, before the JSON of plan.py and generate.py.
+    """
+    for name in _ANNOUNCERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def run_recipe(
     task: Callable[[DictConfig], None],
     config_name: str,
@@ -49,6 +66,7 @@ def run_recipe(
     # found on import and list every parameter
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    quiet_announcements()
 
     # what libraries tell their developers on import and at each call is not for the user of a recipe
     warnings.filterwarnings("ignore", module=r"(megatron|lightning|torch|nemo|transformers|webdataset)")

@@ -44,6 +44,8 @@ class ReferenceResult:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    smallest_gap: float = math.inf
+    """Smallest distance between the last logit of a token's support and the first outside of it."""
     student: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
 
@@ -78,6 +80,10 @@ def run_reference(hf_path: Path, steps: list[list[Rollout]], options: ReferenceO
             student_logits = response_logits(student, rollout.sample.student, tokens) / options.temperature
             with torch.no_grad():
                 teacher_logits = response_logits(teacher, rollout.sample.teacher, tokens) / options.temperature
+            if options.top_k is not None:
+                ordered = student_logits.detach().sort(dim=-1, descending=True).values
+                gap = (ordered[:, options.top_k - 1] - ordered[:, options.top_k]).min().item()
+                result.smallest_gap = min(result.smallest_gap, gap)
             divergence = generalized_jsd(
                 student_logits,
                 teacher_logits,

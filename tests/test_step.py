@@ -77,11 +77,16 @@ def run(assets, folder, rollouts, world_size, overrides, num_steps=STEPS):
     return metrics, per_rank
 
 
-def check(metrics, per_rank, expected, *, loss: float, grad_norm: float, weights: dict):
-    """Compare with the oracle; `loss` and `grad_norm` are relative bounds, `weights` assert_close's."""
+def check(metrics, per_rank, expected, *, loss: float, grad_norm: float, weights: dict, first: float | None = None):
+    """Compare with the oracle; `loss` and `grad_norm` are relative bounds, `weights` assert_close's.
+
+    `first` bounds both in the first step, where no update has happened yet.
+    """
+    assert expected.smallest_gap > 1e-6, "which token ends a support is a matter of round-off here: draw other rollouts"
     for line, oracle_loss, oracle_norm in zip(metrics, expected.losses, expected.grad_norms, strict=True):
-        assert line["loss"] == pytest.approx(oracle_loss, rel=loss)
-        assert line["grad_norm"] == pytest.approx(oracle_norm, rel=grad_norm)
+        only = first if line["step"] == 0 else None
+        assert line["loss"] == pytest.approx(oracle_loss, rel=only or loss)
+        assert line["grad_norm"] == pytest.approx(oracle_norm, rel=only or grad_norm)
     for which, reference in enumerate((expected.student, expected.teacher)):
         for rank, result in enumerate(per_rank):
             for name, tensor in result[which].items():
@@ -151,7 +156,8 @@ def test_bf16_layouts_agree_and_stay_near_the_oracle(oracle, assets, tmp_path):
     """bf16 keeps 8 bits, so each operation rounds by up to 2^-9; the bounds below are what that allows.
 
     Against float32, weights and some sixty operations in sequence are rounded: 2^-9 * sqrt(60) = 1.5% for a typical
-    activation; the divergence, a difference of two such passes, measured 6% and the gradient norm 8%. Between layouts
+    activation. With six seeds for the rollouts, loss and gradient norm of the first step were up to 1.0% off. Adam
+    scales small gradients up, so the steps after it part: up to 12% in the loss and 22% in the norm. Between layouts
     the weights are the same and only the order of sums differs: measured below 1% and 6%. Updated weights may fall on
     either side of a rounding edge (2^-8 relative) and Adam may scale the update differently (a third of 6e-4).
     """
@@ -161,7 +167,7 @@ def test_bf16_layouts_agree_and_stay_near_the_oracle(oracle, assets, tmp_path):
         world_size, overrides = LAYOUTS[name]
         folder = tmp_path / name.replace(" ", "_")
         results[name] = run(assets, folder, rollouts, world_size, [*overrides, "precision=bf16"])
-    check(*results["111"], expected, loss=0.09, grad_norm=0.12, weights={"atol": 1e-3, "rtol": 2**-7})
+    check(*results["111"], expected, first=0.02, loss=0.2, grad_norm=0.35, weights={"atol": 1e-3, "rtol": 2**-7})
     metrics, ((student, teacher),) = results["111"]
     single = ReferenceResult(
         [line["loss"] for line in metrics],

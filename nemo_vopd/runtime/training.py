@@ -14,6 +14,7 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
+from nemo_vopd.cli import quiet_announcements
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import require_dataset
 from nemo_vopd.errors import OptionError
@@ -93,15 +94,6 @@ def _tell_end(model: VisionOPDModel) -> None:
     print(f"ended after step {status['step']} of {status['max_steps']}: {status['reason']}{saved}{again}", flush=True)
 
 
-_ANNOUNCERS = {
-    "megatron.core.models.gpt.gpt_model",
-    "megatron.core.distributed.distributed_data_parallel",
-    "megatron.core.dist_checkpointing.strategies.common",
-    "megatron.core.dist_checkpointing.strategies.torch",
-}
-"""Parts of Megatron-Core 0.19 that announce at every start what a later version, which is not installed, changes."""
-
-
 def build_trainer(config: Config) -> Trainer:
     """Lightning's trainer over the existing process group."""
     world, nodes = dist.get_world_size(), config.num_nodes
@@ -140,4 +132,5 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("megatron."):
-            logging.getLogger(name).setLevel(logging.ERROR if name in _ANNOUNCERS else logging.WARNING)
+            logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_announcements()

@@ -1,6 +1,7 @@
 """Preparation in processes: the same bytes whatever the number of workers, and after a kill at any moment."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -56,7 +57,10 @@ def begin(source, output, *overrides):
     command = [sys.executable, str(ROOT / "recipes" / "prepare_data.py"), f"source={source}", f"output={output}"]
     command += [f"shard_size={SHARD_SIZE}", "workers=2", "validation_fraction=0.3", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell's background job ignores SIGINT, and its children would, too
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=listen, **pipes)
 
 
 def interrupt(source, output, count, number):

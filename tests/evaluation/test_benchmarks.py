@@ -16,8 +16,8 @@ from nemo_vopd.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_tex
 from nemo_vopd.evaluation.options import EvaluateConfig
 from nemo_vopd.runtime.evaluation import evaluate
 from nemo_vopd.validation import from_hydra
+from tests.distributed import run_recipe
 from tests.evaluation.published import LETTERS, NUM, PUBLISHED, RIGHT, Server, categories, listed, reply, tsv, which
-from tests.test_recipes import PYTHON, run
 
 FORMS = [(name, form) for name, forms in PUBLISHED.items() for form in forms]
 CATEGORIES = {
@@ -118,7 +118,7 @@ def test_known_replies_give_the_known_score_in_every_category(name, form, publis
 
 def test_every_benchmark_is_tested_and_told_of(published):
     assert set(PUBLISHED) == set(BENCHMARKS) == set(CATEGORIES) == set(PROMPTS)
-    done = run(*PYTHON, "recipes/evaluate.py", "--help")
+    done = run_recipe("recipes/evaluate.py", "--help")
     assert done.returncode == 0 and help_text() in done.stdout
     for benchmark in BENCHMARKS.values():
         assert benchmark.published in done.stdout

@@ -91,7 +91,7 @@ def measure(config: Config) -> dict:
     KVCache.__init__ = noted
     params = model.sampling_params()
     model.engine.params = params.__class__(**{**vars(params), "end_token_ids": ()})
-    rollouts = model.engine.generate(samples, 0)
+    rollouts = model.engine.generate(samples)
     tensors = [t for cache in caches for pair in (*cache.prompt.values(), *cache.response.values()) for t in pair]
     num_layers = sum(len(chunk.language.decoder.layers) for chunk in model.student.chunks)
     longest = max(sample.student.num_tokens for sample in samples)

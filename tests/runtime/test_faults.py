@@ -170,7 +170,7 @@ def evil_state(checkpoint: Path, ran: Path) -> None:
         (cut_off, r"is damaged: \S+ has 100 bytes of \d+; take another"),
         (remove, "is damaged: .metadata is missing; take another"),
         (foreign, "is not a checkpoint of this program"),
-        (evil_metadata, r"cannot be read \(io.open does not belong there\)"),
+        (evil_metadata, r"cannot be read \(_?io.open does not belong there\)"),
         (evil_state, "state.pt cannot be read"),
     ],
 )

@@ -20,8 +20,7 @@ from nemo_vopd.config import Config
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.runtime import gpu_benchmark, gpu_models
 from nemo_vopd.runtime.gpu_report import Bench, measure
-from tests.distributed import run_distributed
-from tests.test_recipes import PYTHON, run
+from tests.distributed import run_distributed, run_recipe
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is expected here is a CPU's")
 
@@ -285,9 +284,9 @@ def test_measure_calls_as_often_as_it_says():
 def test_without_a_gpu_one_line_says_so(tmp_path):
     # given twice, as a process that starts itself again does
     options = ["gpu.parts=[ceilings,step]", "gpu.parts=[step]", "gpu.resume=true", "gpu.budget_seconds=12.5"]
-    done = run(*PYTHON, "recipes/benchmark.py", "gpu", f"output={tmp_path}/gpu.json", *options)
+    done = run_recipe("recipes/benchmark.py", "gpu", f"output={tmp_path}/gpu.json", *options)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: part=gpu: needs an NVIDIA GPU, and this machine has none; say benchmark.py loss")
-    done = run(*PYTHON, "recipes/benchmark.py", "gpu", "gpu.parts=[losses]")
+    done = run_recipe("recipes/benchmark.py", "gpu", "gpu.parts=[losses]")
     assert done.returncode == 2 and "gpu.parts" in done.stderr and "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_recipes import ROOT
+from tests.distributed import ROOT
 
 pytestmark = pytest.mark.slurm
 FAKE = str(Path(__file__).with_name("fake_python.sh"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_recipes import ROOT
+from tests.distributed import ROOT
 
 pytestmark = pytest.mark.slurm
 SCRIPT = "slurm/train_tiny.sh"

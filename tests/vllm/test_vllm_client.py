@@ -61,11 +61,11 @@ def test_images_that_touch_keep_a_token_each():
     assert one_token_for_each_image(view, 6, 2) == [1, 6, 6, 2]
 
 
-def test_each_step_and_sample_has_its_own_seed():
+def test_each_prompt_has_its_own_seed():
     params = SamplingParams(n=4, seed=3, forbidden_token_ids=(6, 7))
-    seeds = {sampling_params(params, step, name)["seed"] for step in range(3) for name in ("a", "b")}
+    seeds = {sampling_params(params, f"0/{record}/{epoch}")["seed"] for record in range(3) for epoch in range(2)}
     assert len(seeds) == 6 and all(0 <= seed < 2**56 for seed in seeds)
-    assert sampling_params(params, 1, "a") == sampling_params(params, 1, "a")
+    assert sampling_params(params, "0/1/0") == sampling_params(params, "0/1/0")
 
 
 def test_log_probs_that_vllm_cannot_give_are_refused():
