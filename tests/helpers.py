@@ -33,12 +33,12 @@ def tiny_config(assets: Path, exp_dir: Path, *overrides: str) -> Config:
     return from_hydra(cfg)
 
 
-def made_up_rollouts(config: Config, num_steps: int) -> list[list[Rollout]]:
+def made_up_rollouts(config: Config, num_steps: int, seed: int = 3) -> list[list[Rollout]]:
     """Random responses of different lengths to the prompts that `config` trains on, and made-up engine log-probs."""
     processor = Processor.from_pretrained(config.model.hf_path)
     view = config.distill.teacher_view
     loader = build_train_loader(config.data, view, processor, seed=config.seed, dp_rank=0, dp_size=1)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     allowed = [i for i in range(60) if i not in processor.forbidden_token_ids]
     steps = []
     for _, batch in zip(range(num_steps), loader, strict=False):

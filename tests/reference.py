@@ -44,10 +44,10 @@ class ReferenceResult:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    smallest_gap: float = math.inf
-    """Smallest distance between the last logit of a token's support and the first outside of it."""
     student: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    smallest_gap: float = math.inf
+    """Smallest distance between the last logit of a token's support and the first outside of it."""
 
 
 def response_logits(model: torch.nn.Module, view: View, response: Tensor) -> Tensor:

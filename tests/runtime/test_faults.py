@@ -186,6 +186,22 @@ def test_damaged_and_foreign_checkpoints_give_one_line(damage, message, finished
     assert run_distributed(run, 1, configure(assets, folder, "trainer.max_steps=3")) == [3]
 
 
+def test_a_checkpoint_of_version_0_1_is_resumed(finished, assets, tmp_path):
+    """It holds the pickled state of Energon's loader, which is not read, in place of a number of prompts."""
+    folder, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(finished, folder, symlinks=True)
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    del state["prompts"]
+    state["loader"] = torch.frombuffer(bytearray(pickle.dumps(Payload(ran))), dtype=torch.uint8)
+    state["ahead"] = [("sample", 0, [1], [-1.0])]
+    torch.save(state, checkpoint / "state.pt")
+    rewrite(checkpoint, "state.pt", (checkpoint / "state.pt").read_bytes())
+    assert run_distributed(run, 1, configure(assets, folder, "trainer.max_steps=3")) == [3]
+    run_distributed(run, 1, configure(assets, tmp_path / "whole", "trainer.max_steps=3"))
+    assert numbers(folder) == numbers(tmp_path / "whole") and not ran.exists()
+
+
 @pytest.mark.parametrize(
     "override,message",
     [
