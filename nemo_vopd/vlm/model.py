@@ -80,7 +80,7 @@ class VisionLanguageModel(MegatronModule):
             post_process=post_process,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             position_embedding_type="mrope",
-            rotary_base=int(text.rope_parameters["rope_theta"]),
+            rotary_base=text.rope_parameters["rope_theta"],
             scatter_embedding_sequence_parallel=False,  # image features are put in first
             pg_collection=groups,
             vp_stage=vp_stage,
