@@ -294,6 +294,7 @@ def activate() -> None:
 
     assert not torch.cuda.is_available() and not cpu._active
     torch._dynamo.config.disable = True  # nothing is compiled for a GPU that is not there
+    cpu.replace_swiglu()
     _patch_cuda()
     cpu.backend = lambda: "gloo"
     tensor: Any = torch.Tensor
