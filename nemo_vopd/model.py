@@ -42,7 +42,7 @@ from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.control import FINISHED, RunControl
 from nemo_vopd.runtime.metrics import Timers, keep_lines_before
 from nemo_vopd.runtime.reporting import Reporter
-from nemo_vopd.vlm import build_vlm, freeze, shape_of
+from nemo_vopd.vlm import build_twin, build_vlm, freeze, shape_of
 
 
 class VisionOPDModel(ModelPT):
@@ -209,7 +209,7 @@ class VisionOPDModel(ModelPT):
         options = self.config.distill.teacher
         if options.kind == "current":  # the live weights, read without gradient: no second copy
             return self.student, Teacher(options, {}, lambda shards: None)
-        teacher_model = build_vlm(self.config, self.groups).eval()
+        teacher_model = build_twin(self.student, self.config, self.groups).eval()
         weights = ShardedWeights(teacher_model, self.student, self.student_optimizer, self.groups)
         main = {name: shard for name, (shard, _) in weights.main.items()}
         return teacher_model, Teacher(options, main, weights.publish)
