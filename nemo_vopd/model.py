@@ -149,7 +149,7 @@ class VisionOPDModel(ModelPT):
                 weight_grad_into=weight.main_grad if weight.requires_grad else None,  # type: ignore[attr-defined]
                 vocab_size=self.student.vocab_size,
             )
-            num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
+            num_tokens = torch.full((), len(batch.response_tokens), dtype=torch.int, device=hidden.device)
             totals = torch.stack([loss_sum.detach().float(), num_tokens.float()])
             apart = mismatch(stats.log_probs, batch.rollout_log_probs)
             return loss_sum, num_tokens, torch.cat([totals, stats.sums(), apart])
