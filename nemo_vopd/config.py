@@ -53,6 +53,8 @@ class ParallelConfig:
     """Context-parallel size; only 1 is supported."""
     sequence: bool = False
     """Megatron sequence parallelism: norms and residuals are split along the sequence within a tensor group."""
+    timeout_minutes: int = 10
+    """The longest wait for another rank in an exchange of any process group; then the run ends."""
 
 
 @dataclass

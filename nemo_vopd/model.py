@@ -40,7 +40,7 @@ from nemo_vopd.runtime.checkpointer import Checkpointer
 from nemo_vopd.runtime.control import FINISHED, RunControl
 from nemo_vopd.runtime.metrics import Timers, keep_lines_before
 from nemo_vopd.runtime.reporting import Reporter
-from nemo_vopd.vlm import build_vlm, freeze, shape_of
+from nemo_vopd.vlm import build_twin, build_vlm, freeze, shape_of
 
 
 class VisionOPDModel(ModelPT):
@@ -147,7 +147,7 @@ class VisionOPDModel(ModelPT):
                 weight_grad_into=weight.main_grad if weight.requires_grad else None,  # type: ignore[attr-defined]
                 vocab_size=self.student.vocab_size,
             )
-            num_tokens = torch.tensor(len(batch.response_tokens), dtype=torch.int, device=hidden.device)
+            num_tokens = torch.full((), len(batch.response_tokens), dtype=torch.int, device=hidden.device)
             totals = torch.stack([loss_sum.detach().float(), num_tokens.float()])
             apart = mismatch(stats.log_probs, batch.rollout_log_probs)
             return loss_sum, num_tokens, torch.cat([totals, stats.sums(), apart])
@@ -207,7 +207,7 @@ class VisionOPDModel(ModelPT):
         options = self.config.distill.teacher
         if options.kind == "current":  # the live weights, read without gradient: no second copy
             return self.student, Teacher(options, {}, lambda shards: None)
-        teacher_model = build_vlm(self.config, self.groups).eval()
+        teacher_model = build_twin(self.student, self.config, self.groups).eval()
         weights = ShardedWeights(teacher_model, self.student, self.student_optimizer, self.groups)
         main = {name: shard for name, (shard, _) in weights.main.items()}
         return teacher_model, Teacher(options, main, weights.publish)

@@ -84,6 +84,7 @@ def validate(config: Config) -> None:
         parallel__tensor=config.parallel.tensor,
         parallel__pipeline=config.parallel.pipeline,
         parallel__virtual_pipeline=config.parallel.virtual_pipeline,
+        parallel__timeout_minutes=config.parallel.timeout_minutes,
         data__batch_size=data.batch_size,
         data__max_prompt_length=data.max_prompt_length,
         rollout__n=rollout.n,

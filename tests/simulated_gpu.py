@@ -4,7 +4,8 @@ CI has no GPU, and the commonest fault of code that has never seen one is a tens
 the CPU, a CPU tensor handed to NCCL, `.numpy()` of a CUDA tensor. `activate` makes this process believe in CUDA
 devices. Storages that belong to it are marked; each operation is looked at (`TorchDispatchMode`) and refused where CUDA
 would refuse it; results belong where their operands do. Waits of the host for the device are noted with the line that
-caused them. Kernels, streams and memory of a GPU are not simulated: that takes one.
+caused them; copies to the device are among them, since what is copied is not in pinned memory. Kernels, streams and
+memory of a GPU are not simulated: that takes one.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _device_index = 0
 _ANYWHERE = {"copy_", "_to_copy", "set_", "_foreach_copy_"}
 """Operations whose operands may lie on two devices."""
+_INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
 _GPU_ONLY = {
     torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, *, out: out.copy_(c + a.to(dtype) @ b.to(dtype)),
@@ -79,7 +82,8 @@ def _line() -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         if f"{os.sep}torch{os.sep}" not in name and name != __file__:
-            return f"{os.sep.join(name.split(os.sep)[-3:])}:{frame.f_lineno}"
+            own = name.removeprefix(_ROOT)
+            return f"{own if own != name else os.sep.join(name.split(os.sep)[-3:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 
@@ -109,6 +113,16 @@ class _Operations(TorchDispatchMode):
             _check_generator(name, kwargs)
         if any(there) and name in ("_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select"):
             waits[f"{_line()} {name}"] += 1
+        if name in _INDEXING and there[0]:
+            indices = [index for index in args[1] if index is not None]
+            masks, value = [index for index in indices if index.dtype == torch.bool], args[2:3]
+            # where a mask is set is looked up, but PyTorch makes a masked_fill_ of a scalar that is put there
+            if masks and not (value and value[0] not in marks and len(masks) == len(indices)):
+                waits[f"{_line()} nonzero"] += 1
+            if any(index not in marks for index in indices):
+                waits[f"{_line()} from the CPU"] += 1
+        if name in _ANYWHERE and there[0] and any(t.dim() for t, on in zip(tensors, there, strict=True) if not on):
+            waits[f"{_line()} from the CPU"] += 1
         result = _GPU_ONLY.get(func, func)(*args, **kwargs)
         if any(there) and not (name in _ANYWHERE and not there[0]):
             own = {tensor.untyped_storage()._cdata for tensor, on in zip(tensors, there, strict=True) if not on}
@@ -122,7 +136,7 @@ class _Operations(TorchDispatchMode):
         strangers = [tensor for tensor, on in zip(tensors, there, strict=True) if not on and tensor.dim() > 0]
         if not strangers or name in _ANYWHERE:
             return
-        if name in ("index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index") and args[0] in marks:
+        if name in _INDEXING and args[0] in marks:
             values = [a for a in args[2:3] if isinstance(a, Tensor)]
             if all(v in marks or v.dim() == 0 for v in values):
                 return  # indices may stay on the CPU
@@ -155,6 +169,8 @@ def _make(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if _is_cuda(device):
         _check_generator(function.__name__, kwargs)
         kwargs = {**kwargs, "device": "cpu"}
+        if function.__name__ in ("tensor", "as_tensor"):
+            waits[f"{_line()} from the CPU"] += 1
     result = function(*args, **kwargs)
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and not leaf.is_meta:
@@ -178,8 +194,7 @@ def _moved(tensor: Tensor, there: bool) -> Tensor:
     """`tensor` if it is there already, else a copy."""
     if tensor.is_meta or (tensor in marks) == there:
         return tensor
-    if not there:
-        waits[f"{_line()} to the CPU"] += 1
+    waits[f"{_line()} {'from' if there else 'to'} the CPU"] += 1
     copy = tensor.clone()
     (marks.add if there else marks.remove)(copy)
     return copy
@@ -213,7 +228,8 @@ def _numpy(self: Tensor, **kwargs: Any):
 def _tolist(self: Tensor) -> Any:
     if self in marks:
         waits[f"{_line()} tolist"] += 1
-    return _plain["tolist"](self)
+    with torch._C.DisableTorchFunction():  # which would find this function under the same name
+        return _plain["tolist"](self)
 
 
 def _type(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any):
@@ -294,6 +310,7 @@ def activate() -> None:
 
     assert not torch.cuda.is_available() and not cpu._active
     torch._dynamo.config.disable = True  # nothing is compiled for a GPU that is not there
+    cpu.replace_swiglu()
     _patch_cuda()
     cpu.backend = lambda: "gloo"
     tensor: Any = torch.Tensor

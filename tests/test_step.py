@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from nemo_vopd.config import Config
 from nemo_vopd.data.tiny_model import write_tiny_model
@@ -11,6 +15,7 @@ from nemo_vopd.vlm.hf_weights import iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, ReferenceResult, run_reference
+from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
 
 STEPS = 3
 LR = 1e-3  # large enough that a wrong update cannot hide in the tolerance
@@ -177,6 +182,52 @@ def test_bf16_layouts_agree_and_stay_near_the_oracle(oracle, assets, tmp_path):
     )
     for name in BF16[1:]:
         check(*results[name], single, loss=0.02, grad_norm=0.09, weights={"atol": 3e-4, "rtol": 2**-7})
+
+
+def train_with_noise(config: Config):
+    """What this rank holds after a run in which each rank's gradients of copies are its own, off by some 1e-3.
+
+    Weights of both models as they are exported, and state as it is saved.
+    """
+    from nemo_vopd import model
+    from nemo_vopd.runtime.training import train
+
+    plain_freeze = model.freeze
+
+    def freeze(stage, options) -> None:
+        plain_freeze(stage, options)
+        noise = torch.Generator().manual_seed(dist.get_rank())
+        for name, parameter in stage.named_parameters():
+            if stage.weight_rule(name).split == "replicated":
+                parameter.register_hook(lambda grad: grad * (1 + 1e-3 * torch.randn(grad.shape, generator=noise)))
+
+    with mock.patch.object(model, "freeze", freeze):
+        trained = train(config)
+    student, groups, dp_rank = trained.student, trained.groups, trained.groups.dp_cp.rank()
+    models = {"student": student, "teacher": trained.teacher_model}
+    tensors = {(which, n): t for which, m in models.items() for n, t in iterate_hf(m, student.weight_rule, groups)}
+    for kind, shards in trained.sharded_state().items():
+        copies = {n: flat for n, (flat, _) in shards.items() if student.weight_rule(n).split == "replicated"}
+        tensors |= {(f"{kind} of data-parallel rank {dp_rank}", n): flat.clone() for n, flat in copies.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "name,family", [("211", "qwen3_vl"), ("211 sequence small", "qwen2_5_vl"), ("212 small", "qwen2_5_vl")]
+)
+def test_copies_on_tensor_parallel_ranks_stay_equal(name, family, assets, tmp_path):
+    """A GPU rounds in another order on each rank; whoever writes a checkpoint or an export writes the same."""
+    world_size, overrides = LAYOUTS[name]
+    if family == "qwen3_vl":  # with norms of queries and keys
+        hf_path = write_tiny_qwen3_vl(tmp_path / "model", assets / "tiny-vlm", layers=2)
+        overrides = [*overrides, f"model.hf_path={hf_path}"]
+    options = ["trainer.max_steps=6", f"optimizer.lr={LR}", "checkpoint.every_n_steps=0"]
+    ranks = run_distributed(train_with_noise, world_size, tiny_config(assets, tmp_path / "run", *options, *overrides))
+    for (i, one), (j, other) in itertools.combinations(enumerate(ranks), 2):
+        shared = one.keys() & other.keys()
+        # both models, and of one tensor-parallel group four kinds of state
+        assert len({which for which, _ in shared}) == (6 if i // 2 == j // 2 else 2)
+        assert not [key for key in shared if not torch.equal(one[key], other[key])]
 
 
 def test_the_oracle_moved(oracle, assets):

@@ -5,6 +5,8 @@ This is the definition that `fused.fused_linear_jsd` must equal without ever hol
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,8 +81,7 @@ def jsd_of_log_probs(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
         return _kl(teacher, student)
     if alpha == 1:
         return _kl(student, teacher)
-    log_alpha, log_rest = torch.tensor([alpha, 1 - alpha], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logaddexp(student + log_rest, teacher + log_alpha)
+    mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
     return (1 - alpha) * _kl(student, mixture) + alpha * _kl(teacher, mixture)
 
 

@@ -350,5 +350,5 @@ def _chunk(
     else:
         gradient = softmax.mul_(-through_log_z)
         vocabulary.scatter_add_(gradient, support, slope)
-    gradient[weights == 0] = 0
+    gradient.masked_fill_((weights == 0)[:, None], 0.0)  # not a product: 0 times what is not finite is not 0
     return loss, gradient

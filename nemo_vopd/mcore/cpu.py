@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without CUDA: the few places that name the GPU answer with the CPU.
 
 Megatron-Core 0.19 computes nothing that needs a GPU on our path, but it allocates with `device="cuda"`, asks
-`torch.cuda.current_device()` and checks for `torch.cuda.FloatTensor`. `activate` answers those questions. It does
-nothing where CUDA is available, and refuses Megatron versions it was not checked with.
+`torch.cuda.current_device()`, checks for `torch.cuda.FloatTensor` and compiles its SwiGLU. `activate` answers those
+questions. It does nothing where CUDA is available, and refuses Megatron versions it was not checked with.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import importlib.metadata
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+import torch.utils._device
+from torch import Tensor
 
 CHECKED_MEGATRON = ("0.19",)
 _FACTORIES = (
@@ -48,6 +51,7 @@ def activate() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
     _patch_tensor()
+    replace_swiglu()
 
 
 def _is_cuda(device: object) -> bool:
@@ -80,6 +84,23 @@ def _patch_torch_cuda() -> None:
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.random.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.random.set_rng_state(new_state)
+
+
+def replace_swiglu() -> None:
+    """Replace the SwiGLU that Megatron compiles, forward and backward, by PyTorch's operations: nothing is compiled."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    fused_bias_swiglu.swiglu, fused_bias_swiglu.swiglu_back = _swiglu, _swiglu_back
+
+
+def _swiglu(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _swiglu_back(g: Tensor, y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return torch.cat([torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)], -1)
 
 
 class _InOrder:

@@ -59,9 +59,11 @@ class KVCache:
         """Go on with `slots` and `rows`, in this order; most are where they were."""
         self._slots, self._rows = len(slots), len(rows)
         for stores, order in ((self.prompt, slots), (self.response, rows)):
-            to = [i for i, old in enumerate(order) if i != old]
-            for store in (store for pair in stores.values() for store in pair if to):
-                store[to] = store[[order[i] for i in to]]
+            moves = [(i, old) for i, old in enumerate(order) if i != old]
+            if moves and stores:
+                to, old = torch.tensor(moves, device=next(iter(stores.values()))[0].device).unbind(1)
+                for store in (store for pair in stores.values() for store in pair):
+                    store[to] = store[old]
 
     def arrange(self, lengths: list[int], slots: list[int], ages: list[int], device: torch.device) -> None:
         """Say what is in use: a slot for each of `lengths`; for each of `slots` a row that holds `ages` tokens."""

@@ -58,7 +58,11 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            config, list[MegatronModule](ddp), use_gloo_process_groups=False, pg_collection=groups
+            config,
+            list[MegatronModule](ddp),
+            config_overrides={},  # Megatron's own, without them, leave vectors out of weight decay
+            use_gloo_process_groups=False,
+            pg_collection=groups,
         )
 
     def zero_grad(self) -> None:

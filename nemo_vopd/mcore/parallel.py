@@ -20,7 +20,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu
 
 
-def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 600) -> ProcessGroupCollection:
+def initialize(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
     """Start torch.distributed if needed (torchrun, Slurm or a single process) and build Megatron's groups.
 
     Returns the process groups every other part takes as an argument. Calling it again with the same sizes returns
@@ -43,7 +43,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
             rank=rank,
             world_size=world,
             store=store,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
         )
     check_world(parallel, dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
@@ -51,6 +51,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_seconds: int = 60
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=parallel.timeout_minutes,
             create_gloo_process_groups=False,
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

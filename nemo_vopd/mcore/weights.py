@@ -26,7 +26,7 @@ class ShardedWeights:
         optimizer: Optimizer,
         groups: ProcessGroupCollection,
     ) -> None:
-        """Rebind the parameters of `model`, built like the student, to flat buffers and fill them with its weights."""
+        """Rebind the parameters of `model`, built like the student, to flat buffers with the student's weights."""
         self.group = groups.dp_cp
         shards = optimizer.main_shards()
         self.main = {name: shards[p] for name, p in student.named_parameters() if p in shards}
@@ -34,6 +34,10 @@ class ShardedWeights:
         self._targets: dict[str, Tensor] = {}
         self._buckets: list[tuple[Tensor, Tensor]] = []
         names = {parameter: name for name, parameter in student.named_parameters()}
+        assert twin.keys() == set(names.values()), "nothing else fills the others in"
+        constants = dict(student.named_buffers())  # computed anew on another device they could differ in the last bit
+        for name, constant in model.named_buffers():
+            constant.copy_(constants[name])
         for parameter, name in names.items():
             if not parameter.requires_grad:  # frozen: the same numbers for ever, so the same memory
                 twin[name].data = parameter.data

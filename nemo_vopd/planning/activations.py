@@ -9,7 +9,7 @@ and r = t under sequence parallelism, else 1, a language layer keeps for each to
                 e h d / t           output
                 4 h / t             log-sum-exp of each row
                 4 e d               cosines and sines of queries and keys: not divided
-    feed-forward  5 e F / t       gate and up, activated gate, up once more, product
+    feed-forward  3 e F / t         gate and up, their product
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, tran
     attention = e * (heads + 2 * groups) * d + e * (heads + groups) * d + e * heads * d + 4 * heads
     if megatron.qk_layernorm:
         attention += norm * (heads + groups) * d
-    feed_forward = 5 * e * megatron.ffn_hidden_size / t
+    feed_forward = 3 * e * megatron.ffn_hidden_size / t
     layer = 2 * norm * hidden / split + attention / t + feed_forward + 4 * e * d
     # computed again from its input: the norm's output, or the hidden states and the angles
     kept = {"none": layer, "mlp": layer - feed_forward, "layers": e * hidden / split}[config.trainer.recompute]

@@ -89,6 +89,7 @@ class Decoder:
             return []
         # the longest first: where they find room, all that follow do
         queue = deque(sorted(requests, key=lambda request: -request.view.num_tokens))
+        self._forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=self.device)
         self.rotary.extend(max(int(view.position_ids.max()) for view in views) + 1 + params.max_response_length)
         num_lanes = min(self.groups.pp.size(), len(requests))
         budget, most = self.max_batch_tokens // self.groups.pp.size(), -(-len(requests) // num_lanes)
@@ -146,9 +147,8 @@ class Decoder:
                 dist.all_gather(shards, logits, group=tp)
                 logits = torch.cat(shards, dim=-1)
             logits = logits[:, : self.model.vocab_size]
-            forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=self.device)
             # greedy log-probs are those at temperature 1
-            options = {"temperature": params.temperature or 1.0, "top_p": params.top_p, "forbidden": forbidden}
+            options = {"temperature": params.temperature or 1.0, "top_p": params.top_p, "forbidden": self._forbidden}
             packed[0], packed[1] = draw(logits, uniform, **options)
         if mp.size() == 1:
             return packed, None

@@ -173,7 +173,9 @@ class _Failure:
 
 
 def _layout(config: Config) -> dict[str, Any]:
-    return {"world_size": dist.get_world_size(), **dataclasses.asdict(config.parallel)}
+    division = dataclasses.asdict(config.parallel)
+    del division["timeout_minutes"]
+    return {"world_size": dist.get_world_size(), **division}
 
 
 def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any]:

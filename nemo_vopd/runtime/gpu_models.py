@@ -34,7 +34,7 @@ from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.megatron import Decoder
 from nemo_vopd.runtime.benchmark import Row
 from nemo_vopd.runtime.gpu_report import Bench, Peak, Stopwatch, measure, out_of_memory
-from nemo_vopd.vlm import build_stage, freeze
+from nemo_vopd.vlm import build_stage, build_twin, freeze
 
 Architecture = dict[str, Any]
 """Contents of a config.json."""
@@ -68,7 +68,7 @@ def build(sizes: Architecture, config: Config, groups: ProcessGroupCollection) -
     """The model of `sizes` with random weights, made on the device: on a CPU billions of them take a while."""
     fp8.check_machine(config)
     with torch.device(cpu.device()):
-        stage = build_stage(hf_config(sizes), config, groups)
+        stage = build_stage(hf_config(sizes), config, groups, initialize=True)
     return stage.to(cpu.device())
 
 
@@ -267,7 +267,7 @@ def _step(
     freeze(student, config.model.freeze)
     ddp = wrap_ddp(student.chunks, groups)
     optimizer = Optimizer(ddp, config.optimizer, groups, bf16=student.config.bf16)
-    teacher_model = build(sizes, config, groups).eval()
+    teacher_model = build_twin(student, config, groups).eval()
     weights = ShardedWeights(teacher_model, student, optimizer, groups)
     main = {name: shard for name, (shard, _) in weights.main.items()}
     teacher = Teacher(config.distill.teacher, main, weights.publish)

@@ -63,10 +63,11 @@ def dtype_of(hf: Any, config: Config) -> torch.dtype:
     return DTYPES[config.precision.dtype]
 
 
-def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection) -> Stage:
-    """This rank's stage of a model with the Hugging Face configuration `hf`, weights not filled in."""
+def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection, *, initialize: bool = False) -> Stage:
+    """This rank's stage of a model with the Hugging Face configuration `hf`, its weights random or not filled in."""
     family = _FAMILIES[hf.model_type]
     options = {**fp8.megatron_options(config.precision.fp8), **recompute_options(config.trainer.recompute)}
+    options["perform_initialization"] = initialize
     megatron = family.transformer_config(hf, config.parallel, dtype_of(hf, config), **options)
     fp8.check_sizes(config.precision.fp8, megatron)
     num_chunks = config.parallel.virtual_pipeline
@@ -103,3 +104,10 @@ def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     stage = build_stage(hf_config(config), config, groups)
     load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
     return stage.to(cpu.device())
+
+
+def build_twin(stage: Stage, config: Config, groups: ProcessGroupCollection) -> Stage:
+    """A second stage like `stage`, from no file, its weights not filled in, on this rank's device."""
+    with torch.device(cpu.device()):
+        twin = build_stage(stage.chunks[0].hf, config, groups)
+    return twin.to(cpu.device())

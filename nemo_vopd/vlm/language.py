@@ -75,6 +75,7 @@ def language_config(hf: Any, parallel: ParallelConfig, dtype: torch.dtype, **fam
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        bias_activation_fusion=True,  # the backward pass needs gate and up only, not what was made of them
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mrope_section=list(text.rope_parameters["mrope_section"]),

@@ -80,12 +80,25 @@ class VisionLanguageModel(MegatronModule):
             post_process=post_process,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             position_embedding_type="mrope",
-            rotary_base=int(text.rope_parameters["rope_theta"]),
+            rotary_base=text.rope_parameters["rope_theta"],
             scatter_embedding_sequence_parallel=False,  # image features are put in first
             pg_collection=groups,
             vp_stage=vp_stage,
         )
         add_to_main_grad(self.language.decoder)
+        self._average_gradients_of_copies()
+
+    def _average_gradients_of_copies(self) -> None:
+        """Mark what each tensor-parallel rank holds and computes in whole: Megatron then averages its gradients.
+
+        On a GPU they differ in round-off from rank to rank, and the copies of a weight would drift apart. Gradients of
+        which a rank has only a part, Megatron sums: of the norms under sequence parallelism, and of those of queries
+        and keys (finalize_model_grads.py, _allreduce_non_tensor_model_parallel_grads).
+        """
+        for name, parameter in self.named_parameters():
+            is_part = getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
+            if self.weight_rule(name).split == "replicated" and not is_part:
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
     def build_tower(self, hf: Any) -> torch.nn.Module:
         """The vision tower, with weights named as below `visual.` of the Hugging Face model."""

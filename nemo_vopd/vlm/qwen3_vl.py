@@ -44,12 +44,13 @@ class InterleavedRotaryEmbedding(MultimodalRotaryEmbedding):
 
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
         """Angles [S, 1, 1, head_dim] of M-RoPE positions [3, 1, S]; `mrope_section` counts frequencies of each axis."""
-        index = torch.arange(self.inv_freq.numel(), device=self.inv_freq.device)
-        axis = index % 3
+        positions = position_ids.float()
+        angles = positions[0, 0, :, None] * self.inv_freq  # [S, head_dim / 2]
         # height and width stop after their number of turns: what is left belongs to time
-        turns = torch.tensor(mrope_section, device=index.device)[axis]
-        axis = torch.where(index < 3 * turns, axis, 0)
-        angles = position_ids.float()[axis].permute(2, 1, 0) * self.inv_freq  # [S, 1, head_dim / 2]
+        for axis in (1, 2):
+            turns = slice(axis, 3 * mrope_section[axis], 3)
+            angles[:, turns] = positions[axis, 0, :, None] * self.inv_freq[turns]
+        angles = angles[:, None]
         return torch.cat([angles, angles], dim=-1)[:, :, None]
 
 

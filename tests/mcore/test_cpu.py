@@ -44,6 +44,34 @@ print(before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device))
     assert run(code) == "True"
 
 
+def test_swiglu_is_megatrons_without_a_compiler():
+    """The same values as Megatron's formulas, and of the layer's the backward pass keeps the input alone."""
+    code = """
+import torch
+torch._dynamo.config.disable = True  # Megatron's formulas as they stand
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from nemo_vopd.mcore import cpu
+
+def run():
+    x = torch.randn(5, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = bias_swiglu_impl(x, None)
+    (y ** 3).sum().backward()
+    return y.detach(), x.grad, [t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept]
+
+theirs, formulas = run(), bias_swiglu_impl.__globals__["swiglu_back"]
+torch.cuda.is_available = lambda: False
+cpu.activate()
+ours = run()
+assert bias_swiglu_impl.__globals__["swiglu_back"] is not formulas
+for a, b in zip(ours[:2], theirs[:2]):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+print(ours[2], theirs[2])
+"""
+    assert run(code) == "[True] [True]"
+
+
 def test_unchecked_megatron_versions_are_refused():
     code = """
 import importlib.metadata, torch

@@ -18,10 +18,13 @@ CASES = {
     "window blocks only but one": {"depth": 3, "fullatt": [2], "window": 56},
     "full blocks only": {"depth": 2, "fullatt": [0, 1]},
     "windows of other sizes": {"depth": 2, "fullatt": [1], "window": 84},
+    "a rotary base that is no integer": {"rope_theta": 10.9},
 }
 
 
-def make_config(heads=4, kv_heads=2, tie=False, depth=2, fullatt=(1,), window=56, mrope_section=(2, 3, 3)):
+def make_config(
+    heads=4, kv_heads=2, tie=False, depth=2, fullatt=(1,), window=56, mrope_section=(2, 3, 3), rope_theta=1e6
+):
     text = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -31,7 +34,7 @@ def make_config(heads=4, kv_heads=2, tie=False, depth=2, fullatt=(1,), window=56
         "vocab_size": 128,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(mrope_section)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": list(mrope_section)},
         "tie_word_embeddings": tie,
         "bos_token_id": 1,
         "eos_token_id": 2,

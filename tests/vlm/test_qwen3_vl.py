@@ -27,6 +27,7 @@ CASES = {
     "every head its own group": {"kv_heads": 4, "head_dim": 16, "sections": [3, 3, 2]},
     "8 heads on 2 groups, one feature": {"heads": 8, "head_dim": 8, "sections": [2, 1, 1], "deepstack": [1]},
     "no features for the layers": {"deepstack": []},
+    "a rotary base that is no integer": {"rope_theta": 10.9},
 }
 
 

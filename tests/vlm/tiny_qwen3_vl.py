@@ -12,7 +12,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.vlm.parity import VISION_IDS
 
 
-def make_config(heads=4, kv_heads=2, head_dim=24, sections=(6, 3, 3), tie=False, layers=2, deepstack=(0, 2), ids=None):
+def make_config(
+    heads=4,
+    kv_heads=2,
+    head_dim=24,
+    sections=(6, 3, 3),
+    tie=False,
+    layers=2,
+    deepstack=(0, 2),
+    rope_theta=5e6,
+    ids=None,
+):
     """A network of two or more layers; heads are wider than the hidden size divided by their number."""
     text = {
         "hidden_size": 64,
@@ -24,7 +34,7 @@ def make_config(heads=4, kv_heads=2, head_dim=24, sections=(6, 3, 3), tie=False,
         "vocab_size": 128,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": list(sections)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": list(sections)},
         "tie_word_embeddings": tie,
     }
     vision = {
