@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
@@ -102,7 +103,7 @@ def fused_linear_jsd(
             take no part. None means that there are none.
 
     Returns:
-        (loss_sum, stats): a scalar in float32 (float64 for float64 input), differentiable, and `TokenStats`.
+        (loss_sum, stats): a scalar in float32 (float64 for float64 input), once differentiable, and `TokenStats`.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: must lie in [0, 1]")
@@ -254,21 +255,27 @@ class _FusedLinearJSD(torch.autograd.Function):
             if grad_weight is not None:
                 add_product_(grad_weight, gradient.t(), hidden[rows])
             del gradient  # before the next chunk's logits are made
-        ctx.save_for_backward(grad_hidden, None if grad_weight is grad_into else grad_weight)
+        ctx.save_for_backward(grad_hidden)
+        ctx.grad_weight = None if grad_weight is grad_into else grad_weight
         ctx.weight_dtype, ctx.unit_gradient = weight.dtype, grad_into is not None
         return loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grad_outputs):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden,) = ctx.saved_tensors
         scale = grad_outputs[0]
         if ctx.unit_gradient:
             torch._assert_async(scale == 1)
             return (grad_hidden,) + (None,) * 9
         if grad_hidden is not None:
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        # not a saved tensor, which autograd would hold on to and copy: the one there is becomes the gradient
+        grad_weight, ctx.grad_weight = ctx.grad_weight, None
+        if ctx.needs_input_grad[1]:
+            if grad_weight is None:
+                raise RuntimeError("the gradient of the head was given away by the first backward pass of this loss")
+            grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
         return (grad_hidden, grad_weight) + (None,) * 8
 
 

@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.distill.fused import fused_linear_jsd
@@ -110,6 +113,42 @@ def test_gradient_of_the_head_goes_into_a_given_buffer():
     )
     with pytest.raises(RuntimeError):
         (2 * loss).backward()
+
+
+class Alive(TorchDispatchMode):
+    """The most tensors of `num_bytes` that were alive at one time, of those that operations made."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.num_bytes, self.most, self.storages = num_bytes, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {s._cdata: s for s in (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor))}
+            for tree in ((args, kwargs), result)
+        )
+        for key in made.keys() - given.keys():
+            if made[key].nbytes() == self.num_bytes:
+                self.storages[key] = StorageWeakRef(made[key])
+        del given, made
+        self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
+        self.most = max(self.most, len(self.storages))
+        return result
+
+
+def test_one_gradient_of_the_head_exists_at_one_time():
+    """And it is given away: a second backward pass is refused."""
+    student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64, hidden=32, vocabulary=80)
+    options = {"alpha": 0.5, "top_k": 10, "add_tail": True, "chunk_tokens": 4}
+    with Alive(weight.numel() * weight.element_size()) as alive:
+        loss, _ = fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **options)
+        (3 * loss).backward(retain_graph=True)
+    assert alive.most == 1
+    before = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="given away by the first backward pass"):
+        loss.backward()
+    assert torch.equal(weight.grad, before)
 
 
 def test_trust_region_teacher_is_a_mixture_of_logits():
