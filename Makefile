@@ -51,6 +51,17 @@ browser-packages:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
 	    || echo "note: no Chromium could be installed: its tests are skipped"; }
 
+# The Python of Transformer Engine (1 MB, nothing is compiled) for tests/bare_te.py, in a folder that is on no path, so
+# that everything else sees a machine without it. An NGC image has the real one.
+TE := $(VENV)/share/transformer_engine
+$(TE)/.ready: $(VENV)/.ready
+	rm -rf $(TE)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TE) "$$(grep '^transformer-engine==' constraints.txt)"
+	touch $@
+ifndef SYSTEM_PACKAGES
+test: $(TE)/.ready
+endif
+
 # Two files of tests at a time, which is what two cores and 8 GB of memory carry.
 TEST_WORKERS ?= 2
 test: setup browser-packages

@@ -1,8 +1,9 @@
 """Run functions and recipes in processes of their own, with real Megatron-Core on gloo.
 
 Processes are forked from a server that has imported the package once, so a case costs a fraction of a second, not the
-ten seconds of the imports, and a fault in one case cannot reach the next. Each group has a time limit, which is there
-for hangs and not for slow machines, and is ended by its own process ids.
+ten seconds of the imports, and a fault in one case cannot reach the next. There is a server for each module that is
+to be imported (`preload`). Each group has a time limit, which is there for hangs and not for slow machines, and is
+ended by its own process ids.
 """
 
 from __future__ import annotations
@@ -21,18 +22,31 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG = 900.0
 """Seconds after which a process counts as hung; even a busy machine needs a tenth of that."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preload"])
+_SERVERS: dict[str, forkserver.ForkServer] = {}
 
 
-def start_distributed(function: Callable, world_size: int, *args: Any, results: Any = None) -> list[Any]:
+def _start(process: Any, preload: str) -> None:
+    """Start `process` from the server of `preload`; multiprocessing by itself has one server for all."""
+    if preload not in _SERVERS:
+        _SERVERS[preload] = forkserver.ForkServer()
+        _SERVERS[preload].set_forkserver_preload([preload])
+    with mock.patch.object(forkserver, "connect_to_new_process", _SERVERS[preload].connect_to_new_process):
+        process.start()
+
+
+def start_distributed(
+    function: Callable, world_size: int, *args: Any, results: Any = None, preload: str = "tests.preload"
+) -> list[Any]:
     """Start `function(*args)` on ranks 0 .. world_size-1 and return the processes, for tests that end them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,19 +58,21 @@ def start_distributed(function: Callable, world_size: int, *args: Any, results: 
         for rank in range(world_size)
     ]
     for process in ranks:
-        process.start()
+        _start(process, preload)
         process.results = results  # its semaphores live as long as this process knows the queue
     return ranks
 
 
-def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = HANG) -> list[Any]:
+def run_distributed(
+    function: Callable, world_size: int, *args: Any, timeout: float = HANG, preload: str = "tests.preload"
+) -> list[Any]:
     """Call `function(*args)` on ranks 0 .. world_size-1 and return their results in the order of the ranks.
 
     `function` is a top-level function of an importable module; results are pickled. An exception in any rank
     raises here with that rank's traceback; after `timeout` seconds the group is killed and TimeoutError raised.
     """
     results = _CONTEXT.Queue()
-    ranks = start_distributed(function, world_size, *args, results=results)
+    ranks = start_distributed(function, world_size, *args, results=results, preload=preload)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:

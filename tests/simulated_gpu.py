@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _device_index = 0
@@ -37,11 +36,16 @@ _GPU_ONLY = {
     torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, *, out: out.copy_(c + a.to(dtype) @ b.to(dtype)),
 }
 """Operations that PyTorch has for GPUs only."""
-_plain = {name: getattr(torch.Tensor, name) for name in ("device", "to", "numpy", "tolist", "type")}
+_plain = {name: getattr(torch.Tensor, name) for name in ("device", "to", "numpy", "tolist", "type", "untyped_storage")}
 
 
 class WrongDevice(RuntimeError):
     """What CUDA or NCCL would have refused."""
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    """Its own: Transformer Engine's tensors answer with an empty one."""
+    return _plain["untyped_storage"](tensor)
 
 
 class _Marks:
@@ -52,10 +56,10 @@ class _Marks:
         self._limit = 10_000
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._storages
+        return _storage(tensor)._cdata in self._storages
 
     def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         if storage._cdata not in self._storages:
             # the reference keeps the address from being used again
             self._storages[storage._cdata] = StorageWeakRef(storage)
@@ -64,7 +68,7 @@ class _Marks:
             self._limit = 10_000 + 2 * len(self._storages)
 
     def remove(self, tensor: Tensor) -> None:
-        self._storages.pop(tensor.untyped_storage()._cdata, None)
+        self._storages.pop(_storage(tensor)._cdata, None)
 
 
 marks = _Marks()
@@ -74,6 +78,15 @@ waits: collections.Counter[str] = collections.Counter()
 
 def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of an operation; `torch.utils._pytree` takes several times as long."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _line() -> str:
@@ -102,7 +115,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         there = [tensor in marks for tensor in tensors]
         name = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
@@ -125,10 +138,10 @@ class _Operations(TorchDispatchMode):
             waits[f"{_line()} from the CPU"] += 1
         result = _GPU_ONLY.get(func, func)(*args, **kwargs)
         if any(there) and not (name in _ANYWHERE and not there[0]):
-            own = {tensor.untyped_storage()._cdata for tensor, on in zip(tensors, there, strict=True) if not on}
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in own:
-                    marks.add(leaf)
+            own = {_storage(tensor)._cdata for tensor, on in zip(tensors, there, strict=True) if not on}
+            for tensor in _tensors((result,)):
+                if _storage(tensor)._cdata not in own:
+                    marks.add(tensor)
         return result
 
     @staticmethod
@@ -155,6 +168,25 @@ class _Operations(TorchDispatchMode):
         raise WrongDevice(f"{name}: NCCL was given a CPU tensor {[tuple(t.shape) for t in tensors]}, at {_line()}")
 
 
+def kernel(name: str, function: Callable) -> Callable:
+    """`function` as one operation of the device: its operands must lie there, and so does what it returns.
+
+    Its own steps are not looked at, which would take most of the time of a run.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        strangers = [tuple(tensor.shape) for tensor in _tensors((*args, *kwargs.values())) if tensor not in marks]
+        if strangers:
+            raise WrongDevice(f"{name}: CPU tensors {strangers}, at {_line()}")
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
+            result = function(*args, **kwargs)
+        for tensor in _tensors((result,)):
+            marks.add(tensor)
+        return result
+
+    return run
+
+
 _FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "randperm", "eye"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "linspace", "scalar_tensor"),
@@ -172,9 +204,9 @@ def _make(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if function.__name__ in ("tensor", "as_tensor"):
             waits[f"{_line()} from the CPU"] += 1
     result = function(*args, **kwargs)
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor) and not leaf.is_meta:
-            (marks.add if _is_cuda(device) else marks.remove)(leaf)
+    for tensor in _tensors((result,)):
+        if not tensor.is_meta:
+            (marks.add if _is_cuda(device) else marks.remove)(tensor)
     return result
 
 
@@ -316,10 +348,14 @@ def activate() -> None:
     tensor: Any = torch.Tensor
     tensor.device = property(_device)
     tensor.is_cuda = property(lambda self: self in marks)
+    tensor.is_cpu = property(lambda self: self.device.type == "cpu")
     tensor.to, tensor.numpy, tensor.tolist, tensor.type = _to, _numpy, _tolist, _type
     tensor.cpu = lambda self, *args, **kwargs: _moved(self, there=False)
     tensor.cuda = lambda self, *args, **kwargs: _moved(self, there=True)
     tensor.pin_memory = lambda self, *args: self
+    # a class of tensors that another library brings: autograd would ask the device that it names for its stream
+    wrapper = tensor._make_wrapper_subclass
+    tensor._make_wrapper_subclass = staticmethod(lambda *args, **kwargs: _make(wrapper, args, kwargs))
     plain_generator = torch.Generator
     torch.Generator = lambda device="cpu": _Generator() if _is_cuda(device) else plain_generator(device)  # type: ignore
     logging.disable(logging.WARNING)  # Megatron's: the GPU's generator is the CPU's

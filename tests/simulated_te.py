@@ -1,9 +1,8 @@
-"""Transformer Engine 2.12 on a simulated GPU: its own Python, modules, recipes and optimizer, with kernels in PyTorch.
+"""Transformer Engine 2.18 on a simulated GPU: its own Python, modules, recipes and optimizer, with kernels in PyTorch.
 
-What is replaced is what its extension computes: matrix products, RMSNorm, casts to FP8, scale updates, Adam. FP8
-numbers are real ones (`torch.float8_*`), rounded as on a GPU, and a product refuses operands without the copy, row-wise
-or column-wise, that Hopper's kernels read. Attention is Transformer Engine's unfused one. It needs the packages of a
-GPU machine, not the GPU: PyTorch built for CUDA and transformer-engine; the test environment here has neither.
+What is replaced is what its library computes: matrix products, RMSNorm, casts to FP8, scale updates, Adam. FP8 numbers
+are real ones (`torch.float8_*`), rounded as on a GPU, and a product refuses operands without the copy, row-wise or
+column-wise, that Hopper's kernels read. Attention is Transformer Engine's unfused one.
 """
 
 from __future__ import annotations
@@ -16,26 +15,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401  # loads its extension
-import transformer_engine_torch as tex  # type: ignore[import-not-found]
 from torch import Tensor
-from transformer_engine.pytorch.constants import TE_DType  # type: ignore[import-not-found]
-from transformer_engine.pytorch.tensor.float8_blockwise_tensor import (  # type: ignore[import-not-found]
+
+from tests import bare_te
+
+bare_te.load()
+
+import transformer_engine_torch as tex  # type: ignore[import-not-found]  # noqa: E402
+from transformer_engine.pytorch.constants import TE_DType  # type: ignore[import-not-found]  # noqa: E402
+from transformer_engine.pytorch.tensor.float8_blockwise_tensor import (  # type: ignore[import-not-found]  # noqa: E402
     Float8BlockQuantizer,
     Float8BlockwiseQTensor,
 )
-from transformer_engine.pytorch.tensor.float8_tensor import (  # type: ignore[import-not-found]
+from transformer_engine.pytorch.tensor.float8_tensor import (  # type: ignore[import-not-found]  # noqa: E402
     Float8Quantizer,
     Float8Tensor,
 )
-from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (  # type: ignore[import-not-found]
+from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (  # type: ignore[import-not-found]  # noqa: E402
     Float8BlockwiseQTensorStorage,
 )
-from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  # type: ignore[import-not-found]
+from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  # type: ignore[import-not-found]  # noqa: E402
     Float8TensorStorage,
 )
 
-from tests import simulated_gpu
+from tests import preload, simulated_gpu  # noqa: E402, F401  # preload has Megatron, which sees Transformer Engine now
 
 _DTYPES = {code: dtype for dtype, code in TE_DType.items()}
 _FLOAT8 = {
@@ -59,10 +62,50 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.size(-1))
 
 
+def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, _pinned: Any) -> Any:
+    """A tensor without values yet, for what `quantizer` makes of one of `shape` and `dtype`."""
+    in_blocks = isinstance(quantizer, Float8BlockQuantizer)
+    parts: dict[str, Any] = {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    for side, wanted, dims in (
+        ("rowwise", quantizer.rowwise_usage, shape),
+        ("columnwise", quantizer.columnwise_usage, (shape[-1], *shape[:-1])),
+    ):
+        data = torch.empty(dims, dtype=torch.uint8, device=device) if wanted else None
+        if in_blocks:
+            scales = quantizer.get_scale_shape(shape, side == "columnwise")
+            parts[f"{side}_data"] = data
+            parts[f"{side}_scale_inv"] = torch.empty(scales, device=device) if wanted else None
+        else:
+            parts["data" if side == "rowwise" else "data_transpose"] = data
+    if in_blocks:
+        parts["is_2D_scaled"] = quantizer.block_scaling_dim == 2
+    else:
+        parts["fp8_scale_inv"] = torch.empty(1, device=device)
+    if quantizer.internal:
+        return (Float8BlockwiseQTensorStorage if in_blocks else Float8TensorStorage)(**parts, fake_dtype=dtype)
+    kind = Float8BlockwiseQTensor if in_blocks else Float8Tensor
+    return kind(shape=shape, dtype=dtype, device=device, **parts)
+
+
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """Cast `tensor` as `quantizer` says, into `output` if there is one."""
-    if isinstance(quantizer, Float8BlockQuantizer):
-        return _quantize_blocks(tensor, quantizer, output)
+    """Cast `tensor` as `quantizer` says, into `output` if there is one; it keeps only the copies that are wanted."""
+    assert noop is None
+    if output is None:
+        output = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype, "cuda", False)
+    values = (_blocks if isinstance(quantizer, Float8BlockQuantizer) else _whole)(tensor, quantizer)
+    for name, new in values.items():
+        old = getattr(output, name)
+        if old is None and new is not None:
+            simulated_gpu.marks.add(new)
+        setattr(output, name, new if old is None or new is None else old.copy_(new))
+    output._fp8_dtype = quantizer.dtype
+    if isinstance(output, Float8TensorStorage):
+        output._transpose_invalid = output._transpose is None
+    return output
+
+
+def _whole(tensor: Tensor, quantizer: Any) -> dict[str, Tensor | None]:
+    """Data of a tensor with one scale."""
     most = _FLOAT8[quantizer.dtype][1]
     amax = tensor.detach().float().abs().amax().view(1)
     if isinstance(quantizer, Float8Quantizer):  # the scale comes from earlier steps, the largest value goes to the next
@@ -73,23 +116,11 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = Non
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         scale = torch.where(amax > 0, most / amax, 1.0)
     data = _encode(tensor, scale, quantizer.dtype)
-    turned = _turned(data) if quantizer.columnwise_usage else None
-    if output is None:
-        parts: dict[str, Any] = {"data": data if quantizer.rowwise_usage else None, "data_transpose": turned}
-        parts |= {"fp8_scale_inv": 1 / scale, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
-        if quantizer.internal:
-            return Float8TensorStorage(**parts)
-        return Float8Tensor(shape=tensor.shape, dtype=tensor.dtype, **parts)
-    if output._data is not None:
-        output._data.copy_(data)
-    if turned is not None and output._transpose is not None:
-        output._transpose.copy_(turned)
-    elif turned is not None:
-        output._transpose = turned
-    output._transpose_invalid = turned is None
-    output._scale_inv.copy_(1 / scale)
-    output._fp8_dtype = quantizer.dtype
-    return output
+    return {
+        "_data": data if quantizer.rowwise_usage else None,
+        "_transpose": _turned(data) if quantizer.columnwise_usage else None,
+        "_scale_inv": 1 / scale,
+    }
 
 
 def _block_scales(x: Tensor, height: int, quantizer: Any) -> Tensor:
@@ -111,25 +142,21 @@ def _padded_to_4(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.size(1) % 4))
 
 
-def _quantize_blocks(tensor: Tensor, quantizer: Any, output: Any) -> Any:
-    x = _rows(tensor)
-    height = _BLOCK if quantizer.block_scaling_dim == 2 else 1
-    output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype) if output is None else output
-    for columnwise in (False, True):
-        if not (quantizer.columnwise_usage if columnwise else quantizer.rowwise_usage):
-            continue
-        y = x.t() if columnwise else x
-        scales = _block_scales(y, height, quantizer)
-        data = _encode(y, _spread(scales, height, y.shape), quantizer.dtype)
-        if columnwise:
-            data = data.view(x.size(1), *tensor.shape[:-1])
-        stored = _padded_to_4((1 / scales) if height > 1 else (1 / scales).t())
-        side = "columnwise" if columnwise else "rowwise"
-        getattr(output, f"_{side}_data").copy_(data.view_as(getattr(output, f"_{side}_data")))
-        getattr(output, f"_{side}_scale_inv").copy_(stored)
-    if quantizer.internal and isinstance(output, Float8BlockwiseQTensor):
-        return Float8BlockwiseQTensorStorage(**output.get_metadata())
-    return output
+def _blocks(tensor: Tensor, quantizer: Any) -> dict[str, Tensor | None]:
+    """Data of a tensor with a scale for each block, of 128 numbers or of 128 times 128."""
+    x, height = _rows(tensor), _BLOCK if quantizer.block_scaling_dim == 2 else 1
+    values: dict[str, Tensor | None] = {}
+    for side, wanted, y, shape in (
+        ("rowwise", quantizer.rowwise_usage, x, tensor.shape),
+        ("columnwise", quantizer.columnwise_usage, x.t(), (x.size(1), *tensor.shape[:-1])),
+    ):
+        data = stored = None
+        if wanted:
+            scales = _block_scales(y, height, quantizer)
+            data = _encode(y, _spread(scales, height, y.shape), quantizer.dtype).view(shape)
+            stored = _padded_to_4((1 / scales) if height > 1 else (1 / scales).t())
+        values |= {f"_{side}_data": data, f"_{side}_scale_inv": stored}
+    return values
 
 
 def _float(x: Any, columnwise: bool) -> Tensor:
@@ -208,13 +235,14 @@ def convert_bshd_to_thd(x, starts, _num_tokens):
 
 def update_scales(amaxes, histories, scales, algorithm, code, margin):
     """Delayed scaling: what was largest goes to the end of each history, the scale follows; unused ones stay."""
-    for history, scale, new in zip(histories, scales, amaxes.split([h.size(1) for h in histories]), strict=True):
-        last = torch.where(new != 0, new, history[0])
-        rolled = torch.cat([history[1:], last[None]])
-        amax = rolled.amax(0) if algorithm == "max" else last
-        rolled[0] = 0
-        history.copy_(torch.where(last != 0, rolled, history))
-        scale.copy_(torch.where(last != 0, _FLOAT8[code][1] / amax / 2**margin, scale))
+    sizes = [scale.numel() for scale in scales]
+    history, scale = torch.cat(histories, dim=1), torch.cat(scales)
+    last = torch.where(amaxes != 0, amaxes, history[0])
+    rolled = torch.cat([history[1:], last[None]])
+    amax = rolled.amax(0) if algorithm == "max" else last
+    rolled[0] = 0
+    torch._foreach_copy_(histories, torch.where(last != 0, rolled, history).split(sizes, dim=1))
+    torch._foreach_copy_(scales, torch.where(last != 0, _FLOAT8[code][1] / amax / 2**margin, scale).split(sizes))
 
 
 def multi_tensor_adam(_chunk, _flag, lists, lr, beta1, beta2, eps, step, mode, correct, decay):
@@ -234,7 +262,8 @@ def multi_tensor_scale(_chunk, _flag, lists, factor):
         target.copy_(source * factor)
 
 
-KERNELS: dict[str, Any] = {
+_KERNELS: dict[str, Any] = {
+    "create_empty_quantized_tensor": create_empty_quantized_tensor,
     "quantize": quantize,
     "bgrad_quantize": lambda x, quantizer: [_rows(x.float()).sum(0).to(x.dtype), quantize(x, quantizer)],
     "fp8_transpose": lambda data, code, *, out=None: _turned(data) if out is None else out.copy_(_turned(data)),
@@ -250,7 +279,9 @@ KERNELS: dict[str, Any] = {
         torch.stack([x.float().norm() for x in lists[0]]).norm()[None],
         None,
     ),
+    "get_cudnn_version": lambda: 92000,
 }
+bare_te.KERNELS |= {name: simulated_gpu.kernel(name, function) for name, function in _KERNELS.items()}
 
 
 def activate() -> None:
@@ -260,17 +291,11 @@ def activate() -> None:
     for name in ("FUSED_ATTN", "FLASH_ATTN", "MASKED_SOFTMAX_FUSION", "TORCH_COMPILE"):
         os.environ[f"NVTE_{name}"] = "0"
     LanguageModule._set_attention_backend = lambda self: None  # it insists on the fused ones
-    originals = {id(original): (original, name) for name in KERNELS if (original := getattr(tex, name))}
-    for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if id(value) in originals:
-                setattr(module, name, KERNELS[originals[id(value)][1]])
+    torch.version.cuda = torch.version.cuda or "13.0"  # PyTorch's build for CPUs names none
     simulated_gpu.activate()
 
 
 if __name__ == "__main__":  # python -m tests.simulated_te recipes/quickstart.py precision=fp8_tensorwise
-    import nemo_vopd.runtime.training  # noqa: F401  # kernels are replaced where they have been imported
-
     activate()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,8 +1,7 @@
-"""Training, resuming, answering and measuring on a simulated GPU: no tensor on the wrong side, the CPU's numbers."""
+"""Training, resuming and answering on a simulated GPU: no tensor on the wrong side, the CPU's numbers."""
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
-from tests.runtime.test_gpu_benchmark import all_parts
 from tests.runtime.test_resume import configure, numbers, same, train_until
 from tests.test_step import LAYOUTS
 from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
@@ -239,13 +237,3 @@ def test_convert_and_generate(assets, tmp_path):
     assert on == off and len(on["token_ids"]) > 0
     files = [tmp_path / name / "model.safetensors" for name in ("exported", "exported on a GPU")]
     assert operator.eq(*(file.read_bytes() for file in files))
-
-
-def test_the_gpu_benchmark_runs(tmp_path):
-    """What is missing here, Transformer Engine and Liger, is the only error in it; times mean nothing."""
-    (((parts, _), _),) = run_distributed(on_gpu, 1, all_parts, tmp_path)
-    errors = [row["error"] for rows in parts.values() for row in rows if "error" in row]
-    assert all("needs Transformer Engine" in error or "liger-kernel is not installed" in error for error in errors)
-    assert (
-        all(rows for rows in parts.values()) and json.loads((tmp_path / "gpu.json").read_text())["gpu"] == "simulated"
-    )

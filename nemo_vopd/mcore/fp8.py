@@ -5,7 +5,7 @@ embedding, attention, vision tower, head and loss stay in bf16 and float32. Only
 largest values of earlier passes. It is kept alike on all data-parallel ranks from step to step, so that a checkpoint
 holds it once and another layout can read it.
 
-Not run on a GPU yet; `tests/test_simulated_te.py` runs it with Transformer Engine 2.12 and replaced kernels.
+Not run on a GPU yet; `tests/test_simulated_te.py` runs it with Transformer Engine 2.18 and replaced kernels.
 """
 
 from __future__ import annotations
