@@ -95,8 +95,8 @@ def _line() -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         if f"{os.sep}torch{os.sep}" not in name and name != __file__:
-            own = name.removeprefix(_ROOT)
-            return f"{own if own != name else os.sep.join(name.split(os.sep)[-3:])}:{frame.f_lineno}"
+            ours = name.startswith(_ROOT) and "site-packages" not in name  # .venv may lie in the project
+            return f"{name.removeprefix(_ROOT) if ours else os.sep.join(name.split(os.sep)[-3:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 
