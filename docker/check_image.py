@@ -40,11 +40,11 @@ MODULES = (
     "nemo.core.classes.modelPT",
     "nemo.utils.exp_manager",
     "nemo_vopd.model",
-    "nemo_vopd.runtime.training",
-    "nemo_vopd.runtime.convert",
-    "nemo_vopd.runtime.generate",
-    "nemo_vopd.evaluation.gap",
-    "nemo_vopd.planning.plan",
+    "nemo_vopd.training.run",
+    "nemo_vopd.tools.convert",
+    "nemo_vopd.tools.generate",
+    "nemo_vopd.tools.evaluation.gap",
+    "nemo_vopd.tools.planning.plan",
 )
 """Everything that recipes/ import late: what is missing here would end a run after it has started."""
 

@@ -72,7 +72,7 @@ class DroppedSample:
 
     id: str
     reason: str
-    """A short word of `nemo_vopd.data.views.DROP_REASONS`."""
+    """A short word of `nemo_vopd.views.DROP_REASONS`."""
     detail: str = ""
 
 

@@ -24,23 +24,23 @@ from nemo_vopd.distill.fused import fused_linear_jsd
 from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.errors import OptionError
-from nemo_vopd.evaluation.gap import measure_gap
 from nemo_vopd.mcore import cpu, fp8, parallel
-from nemo_vopd.mcore.checkpoint import Shards
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+from nemo_vopd.mcore.sharded_state import Shards
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.mcore.weights import ShardedWeights
+from nemo_vopd.mcore.teacher_weights import ShardedWeights
 from nemo_vopd.rollout.ahead import AheadEngine
-from nemo_vopd.rollout.build import build_vllm
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
-from nemo_vopd.rollout.megatron import Decoder, MegatronEngine
+from nemo_vopd.rollout.native.engine import Decoder, MegatronEngine
 from nemo_vopd.rollout.replay import Record, ReplayEngine, dump, to_record
-from nemo_vopd.runtime.checkpointer import Checkpointer
-from nemo_vopd.runtime.control import FINISHED, RunControl
-from nemo_vopd.runtime.metrics import Timers, keep_lines_before
-from nemo_vopd.runtime.reporting import Reporter
-from nemo_vopd.vlm import build_twin, build_vlm, freeze, shape_of
+from nemo_vopd.rollout.vllm.build import build_vllm
+from nemo_vopd.tools.evaluation.gap import measure_gap
+from nemo_vopd.training.checkpoint import Checkpointer
+from nemo_vopd.training.metrics import Timers, keep_lines_before
+from nemo_vopd.training.reporter import Reporter
+from nemo_vopd.training.stopping import FINISHED, RunControl
+from nemo_vopd.vlm.build import build_twin, build_vlm, freeze, shape_of
 
 
 class VisionOPDModel(ModelPT):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
-from nemo_vopd.data.assets import ensure_tiny_assets
 from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
 from nemo_vopd.validation import from_hydra
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the package
 
 
 @dataclasses.dataclass
@@ -129,15 +132,15 @@ def main(cfg: DictConfig) -> None:
         _data(config)
         return
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
-    from nemo_vopd.runtime import benchmark  # Megatron takes seconds to import: mistakes are told first
+    from benchmarks import measure  # Megatron takes seconds to import: mistakes are told first
 
     if config.part == "loss":
         shapes, distill = config.loss, config.distill
-        rows = benchmark.loss(
+        rows = measure.loss(
             shapes.num_tokens, shapes.vocab_size, shapes.hidden_size, distill.top_k, distill.alpha, config.repeats
         )
     elif config.part == "rollout":
-        from nemo_vopd.runtime.rollout_benchmark import rollout
+        from benchmarks.rollout import rollout
 
         shapes = config.sampling
         rows = rollout(
@@ -149,15 +152,15 @@ def main(cfg: DictConfig) -> None:
             config.repeats,
         )
     else:
-        rows = benchmark.step(config, config.repeats)
-    print(benchmark.table(rows))
+        rows = measure.step(config, config.repeats)
+    print(measure.table(rows))
     result = {"part": config.part, "threads": torch.get_num_threads(), "rows": rows}
     if config.output is not None:
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _data(config: BenchmarkConfig) -> None:
-    from nemo_vopd.runtime.data_benchmark import measure, table
+    from benchmarks.data import measure, table
 
     rows = measure(**vars(config.data_files), repeats=config.repeats)
     print(table(rows))
@@ -171,10 +174,10 @@ def _gpu(config: BenchmarkConfig) -> None:
     if not torch.cuda.is_available():
         rule, remedy = "needs an NVIDIA GPU, and this machine has none", "say benchmark.py loss, rollout or step"
         raise OptionError("part", config.part, rule, remedy)
-    from nemo_vopd.runtime import gpu_benchmark
+    from benchmarks import gpu
 
     options = {**dataclasses.asdict(config.gpu), "parts": [part.name for part in config.gpu.parts]}
-    gpu_benchmark.run(config, repeats=config.repeats, output=config.output, **options)
+    gpu.run(config, repeats=config.repeats, output=config.output, **options)
 
 
 if __name__ == "__main__":

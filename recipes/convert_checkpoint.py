@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
         raise OptionError("checkpoint", options.checkpoint, "is not a directory", remedy)
     if options.action == "import" and not config.model.hf_path:
         raise OptionError("model.hf_path", config.model.hf_path, "names no directory", "give the model to import")
-    from nemo_vopd.runtime.convert import export_checkpoint, import_model  # Megatron takes seconds to import
+    from nemo_vopd.tools.convert import export_checkpoint, import_model  # Megatron takes seconds to import
 
     if options.action == "export":
         export_checkpoint(config, Path(options.checkpoint or ""), options.weights, output)

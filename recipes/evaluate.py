@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.evaluation.options import EvaluateConfig, check
+from nemo_vopd.tools.evaluation.options import EvaluateConfig, check
 from nemo_vopd.validation import from_hydra
 
 ConfigStore.instance().store(name="nemo_vopd_evaluate", node=EvaluateConfig)
@@ -24,14 +24,16 @@ def main(cfg: DictConfig) -> None:
         cfg.model.hf_path = cfg.server.model or "none"  # the server has the model
     config = from_hydra(cfg, EvaluateConfig)
     check(config)
-    from nemo_vopd.runtime.evaluation import evaluate  # Megatron takes seconds to import: mistakes are told first
+    from nemo_vopd.tools.evaluation.evaluate import (
+        evaluate,  # Megatron takes seconds to import: mistakes are told first
+    )
 
     evaluate(config)
 
 
 def help_text() -> str:
     """What --help says about the benchmarks."""
-    from nemo_vopd.evaluation.benchmarks import help_text
+    from nemo_vopd.tools.evaluation.benchmarks import help_text
 
     return f"{__doc__}\nBenchmarks, where they are published and the columns they need:\n{help_text()}"
 

@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         raise OptionError("temperature", config.temperature, "must not be negative", "set temperature=0 for greedy")
     if not Path(config.image).is_file():
         raise OptionError("image", config.image, "is not a file", "give an image file")
-    from nemo_vopd.runtime.generate import generate  # Megatron takes seconds to import: mistakes are told first
+    from nemo_vopd.tools.generate import generate  # Megatron takes seconds to import: mistakes are told first
 
     reply = generate(config, Path(config.image), config.prompt, config.max_new_tokens, config.temperature)
     if reply is not None:

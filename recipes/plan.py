@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.planning.assumptions import Assumptions, check_assumptions, gpu_named
+from nemo_vopd.tools.planning.assumptions import Assumptions, check_assumptions, gpu_named
 from nemo_vopd.validation import from_hydra
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that happens to be here must not be asked for the model's memory
@@ -48,12 +48,12 @@ def main(cfg: DictConfig, as_json: bool) -> None:
     check_assumptions(config.assume, config.gpus_per_node)
     # libraries may print while they are imported; standard output is for the plan
     with contextlib.redirect_stdout(sys.stderr):
-        from nemo_vopd.planning.plan import make_plan  # Megatron takes seconds to import: mistakes are told first
-        from nemo_vopd.planning.remedy import divide_remedy, remedy_for
-        from nemo_vopd.planning.report import plan_json, plan_text, refusal_json
+        from nemo_vopd.tools.planning.plan import make_plan  # Megatron takes seconds to import: mistakes are told first
+        from nemo_vopd.tools.planning.remedy import divide_remedy, remedy_for
+        from nemo_vopd.tools.planning.text import plan_json, plan_text, refusal_json
 
         if config.model.architecture is None:  # the tiny run's model is made on first use
-            from nemo_vopd.data.assets import ensure_tiny_assets
+            from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
 
             ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
         per_node, assume = config.gpus_per_node, config.assume

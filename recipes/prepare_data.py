@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import CropConfig, PixelConfig
-from nemo_vopd.data.columns import Columns
-from nemo_vopd.data.intake import HINT
-from nemo_vopd.data.prepare import interruptible, prepare
-from nemo_vopd.data.views import MAX_IMAGE_PIXELS
 from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.prepare.columns import Columns
+from nemo_vopd.tools.prepare.intake import HINT
+from nemo_vopd.tools.prepare.prepare import interruptible, prepare
 from nemo_vopd.validation import check_crop, typed
+from nemo_vopd.views import MAX_IMAGE_PIXELS
 
 
 @dataclass
@@ -96,7 +96,7 @@ def main(cfg: DictConfig, preview: bool) -> None:
         "split_by": config.split_by,
     }
     if preview or config.preview:
-        from nemo_vopd.data.preview import write_preview
+        from nemo_vopd.tools.prepare.preview import write_preview
 
         write_preview(
             sources,
@@ -135,7 +135,7 @@ def _check_preview(config: PrepareConfig) -> None:
 
 
 def _verify(path: str, workers: int) -> None:
-    from nemo_vopd.data.index import verify
+    from nemo_vopd.tools.prepare.index import verify
 
     found = verify(Path(path), workers=workers)
     print(

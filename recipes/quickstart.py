@@ -24,10 +24,10 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config, OptimizerConfig
-from nemo_vopd.data.prepare import prepare
-from nemo_vopd.data.synthetic import write_digits
-from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.prepare.prepare import prepare
+from nemo_vopd.tools.prepare.synthetic import write_digits
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
 from nemo_vopd.validation import from_hydra
 
 PARTS = ("data", "init", "base", "student")
@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> None:
         make_data(config, root)
 
     from nemo_vopd.mcore import parallel  # Megatron takes seconds to import: mistakes are told first
-    from nemo_vopd.runtime import quickstart
+    from nemo_vopd.tools import quickstart
 
     quickstart.quiet()
     groups = parallel.initialize(config.parallel, seed=config.seed)

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.errors import OptionError
-from nemo_vopd.report.page import write_report
-from nemo_vopd.report.run_files import Results, is_run, read_results, read_run
+from nemo_vopd.tools.report.page import write_report
+from nemo_vopd.tools.report.run_files import Results, is_run, read_results, read_run
 from nemo_vopd.validation import typed
 
 

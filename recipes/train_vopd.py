@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.data.assets import ensure_tiny_assets
-from nemo_vopd.runtime.signals import StopSignals
+from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
+from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import from_hydra
 
 
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     signals.listen()
     config = from_hydra(cfg)
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
-    from nemo_vopd.runtime.training import train  # Megatron takes seconds to import: mistakes are told first
+    from nemo_vopd.training.run import train  # Megatron takes seconds to import: mistakes are told first
 
     train(config, signals)
 

@@ -75,7 +75,16 @@ def test_everything_a_run_needs_is_in_the_build_context_and_nothing_else():
     needed = [name for name in tracked if name.startswith(("conf/", "nemo_vopd/", "recipes/", "docker/", "slurm/"))]
     assert len(needed) > 100 and not [name for name in [*needed, "pyproject.toml", "README.md"] if ignored(name)]
     folders = {file.name for file in ROOT.iterdir() if not ignored(file.name)}
-    assert folders <= {"LICENSE", "README.md", "conf", "constraints.txt", "docker", "nemo_vopd", "pyproject.toml"} | {
+    assert folders <= {
+        "LICENSE",
+        "README.md",
+        "benchmarks",
+        "conf",
+        "constraints.txt",
+        "docker",
+        "nemo_vopd",
+        "pyproject.toml",
+    } | {
         "recipes",
         "slurm",
     }
@@ -204,7 +213,7 @@ def test_check_passes_here_with_cpu(capsys):
     assert "WRONG" not in table and "transformer-engine" not in table
     (found,) = re.findall(r"^megatron-core +ok +(\S+)$", table, re.MULTILINE)
     assert found in WANTED["megatron-core"].specifier
-    assert re.search(r"^import nemo_vopd\.runtime\.training +ok +imported$", table, re.MULTILINE)
+    assert re.search(r"^import nemo_vopd\.training\.run +ok +imported$", table, re.MULTILINE)
     assert re.search(r"^conf/train_72b\.yaml +ok +composes$", table, re.MULTILINE)
 
 

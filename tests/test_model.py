@@ -10,7 +10,7 @@ import torch
 
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import RunError
-from nemo_vopd.vlm.hf_weights import HFReader, iterate_hf
+from nemo_vopd.vlm.weights.reading import HFReader, iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, run_reference
@@ -183,7 +183,7 @@ def test_metrics_describe_the_step(assets, tmp_path):
 
 
 def message_of_a_failing_run(config) -> str:
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     with pytest.raises(RunError) as told:
         train(config)
@@ -227,7 +227,7 @@ def part_of(name: str) -> str:
 
 def train_and_count(config):
     """Weights of student and teacher, and on how many numbers gradients and optimizer state are kept."""
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     model = train(config)
     weights = [dict(iterate_hf(m, m.weight_rule, model.groups)) for m in (model.student, model.teacher_model)]

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from nemo_vopd.data.synthetic import write_digits
+from nemo_vopd.tools.prepare.synthetic import write_digits
 from tests.distributed import ROOT, run_recipe
 
 README = (ROOT / "README.md").read_text()

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
-from tests.runtime.test_resume import configure, numbers, same, train_until
 from tests.test_step import LAYOUTS
+from tests.training.test_resume import configure, numbers, same, train_until
 from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is better: pytest -m gpu tests/gpu")
@@ -90,11 +90,11 @@ def test_a_process_that_does_not_see_its_gpu_says_so():
 
 
 WAITS = {
-    "nemo_vopd/runtime/metrics.py": "the clock of a phase",
-    "nemo_vopd/rollout/lane.py": "the tokens of a step of decoding",
+    "nemo_vopd/training/metrics.py": "the clock of a phase",
+    "nemo_vopd/rollout/native/batching.py": "the tokens of a step of decoding",
     "nemo_vopd/distill/divergence.py": "whether a chunk has ties at its top-k",
-    "nemo_vopd/runtime/reporting.py": "the numbers of a step",
-    "nemo_vopd/runtime/control.py": "the numbers of a step",
+    "nemo_vopd/training/reporter.py": "the numbers of a step",
+    "nemo_vopd/training/stopping.py": "the numbers of a step",
     "core/distributed/finalize_model_grads.py": "the number of tokens",
     "core/optimizer/clip_grads.py": "the gradient's norm",
     "core/pipeline_parallel/p2p_communication.py": "the length of a microbatch, from the stage before",
@@ -102,16 +102,16 @@ WAITS = {
 """What the host waits for the device for in a step, once for each step, phase, token or chunk; never in a layer."""
 
 COPIES = {
-    "nemo_vopd/vlm/__init__.py": "the model",
-    "nemo_vopd/vlm/hf_weights.py": "the model",
+    "nemo_vopd/vlm/build.py": "the model",
+    "nemo_vopd/vlm/weights/reading.py": "the model",
     "nemo_vopd/batch.py": "a microbatch",
     "nemo_vopd/mcore/schedule.py": "its patches",
     "nemo_vopd/vlm/qwen2_5_vl.py": "the windows of its images",
-    "nemo_vopd/rollout/megatron.py": "what is never drawn, once for all prompts of a step",
-    "nemo_vopd/rollout/lane.py": "new prompts, and which rows there are when some have ended",
-    "nemo_vopd/mcore/kv_cache.py": "new prompts, and which rows there are when some have ended",
-    "nemo_vopd/runtime/reporting.py": "the numbers of a step",
-    "nemo_vopd/runtime/control.py": "the numbers of a step",
+    "nemo_vopd/rollout/native/engine.py": "what is never drawn, once for all prompts of a step",
+    "nemo_vopd/rollout/native/batching.py": "new prompts, and which rows there are when some have ended",
+    "nemo_vopd/rollout/native/cache.py": "new prompts, and which rows there are when some have ended",
+    "nemo_vopd/training/reporter.py": "the numbers of a step",
+    "nemo_vopd/training/stopping.py": "the numbers of a step",
 }
 """What our code copies from host memory to the device, a wait, too; never in a layer, at a token or for a chunk."""
 
@@ -119,18 +119,18 @@ COPIES = {
 def check_waits(waits):
     """Allow what WAITS and COPIES name, and while decoding one wait a token."""
     files = {(line.partition(":")[0], line.endswith("from the CPU")) for line in waits}
-    others = "fabric/utilities/", "pytorch/utilities/", "nemo_vopd/evaluation/"  # Lightning's logger; after the run
+    others = "fabric/utilities/", "pytorch/utilities/", "nemo_vopd/tools/"  # Lightning's logger; after the run
     assert {file for file, copy in files if not copy and not file.startswith(others)} <= set(WAITS)
     copying = {file for file, copy in files if copy and file.startswith("nemo_vopd/") and not file.startswith(others)}
     assert copying <= set(COPIES)
-    decoding = "nemo_vopd/rollout/", "nemo_vopd/mcore/kv_cache.py", "nemo_vopd/mcore/inference.py"
-    (tokens, line), *rarer = sorted(((n, line) for line, n in waits.items() if line.startswith(decoding)), reverse=True)
-    assert line.startswith("nemo_vopd/rollout/lane.py") and line.endswith("tolist")
+    decoding = ((n, line) for line, n in waits.items() if line.startswith("nemo_vopd/rollout/"))
+    (tokens, line), *rarer = sorted(decoding, reverse=True)
+    assert line.startswith("nemo_vopd/rollout/native/batching.py") and line.endswith("tolist")
     assert not [line for n, line in rarer if n > tokens / 2]
 
 
 def fit(config):
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     train(config)
 
@@ -213,8 +213,8 @@ def test_a_gpu_rounds_less_in_the_loss():
 
 def there_and_back(config, checkpoint: Path, folder: Path, image: Path):
     """Export, answer, import; the answer."""
-    from nemo_vopd.runtime.convert import export_checkpoint, import_model
-    from nemo_vopd.runtime.generate import generate
+    from nemo_vopd.tools.convert import export_checkpoint, import_model
+    from nemo_vopd.tools.generate import generate
 
     export_checkpoint(config, checkpoint, "student", folder / "exported")
     config.model.hf_path = str(folder / "exported")

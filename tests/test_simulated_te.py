@@ -18,10 +18,10 @@ from tests.bare_te import StandIn, needs_te, run_on_te
 from tests.distributed import run_distributed
 from tests.gpu.test_gpu import BF16, FP8, RECIPES, check_near, check_scaling, hidden_states, scaling_after
 from tests.helpers import read_lines, tiny_config
-from tests.runtime.test_gpu_benchmark import all_parts
-from tests.runtime.test_resume import configure, numbers, same, train_until
 from tests.simulated_gpu import WrongDevice
+from tests.test_gpu_benchmark import all_parts
 from tests.test_step import EPS, LAYOUTS, LR, STEPS, check, oracle, train_and_collect  # noqa: F401
+from tests.training.test_resume import configure, numbers, same, train_until
 
 pytestmark = [
     needs_te,
@@ -123,7 +123,7 @@ def scales_kept(config):
     """How many FP8 scales wait for a backward pass after a run."""
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     train(config)
     return sum(map(len, FP8GlobalStateManager.quantization_state.fp8_tensors_recompute_buffer))

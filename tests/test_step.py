@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_vopd.config import Config
-from nemo_vopd.data.tiny_model import write_tiny_model
-from nemo_vopd.vlm.hf_weights import iterate_hf
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
+from nemo_vopd.vlm.weights.reading import iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, ReferenceResult, run_reference
@@ -51,7 +51,7 @@ LAYOUTS = {
 
 def train_and_collect(config: Config):
     """Train and return metrics and (student, teacher) weights by canonical name, of this pipeline stage."""
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     model = train(config)
     student, groups = model.student, model.groups
@@ -190,7 +190,7 @@ def train_with_noise(config: Config):
     Weights of both models as they are exported, and state as it is saved.
     """
     from nemo_vopd import model
-    from nemo_vopd.runtime.training import train
+    from nemo_vopd.training.run import train
 
     plain_freeze = model.freeze
 

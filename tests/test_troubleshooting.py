@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_vopd.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.options import EvaluateConfig
 from recipes.prepare_data import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +43,8 @@ def test_every_option_that_can_be_refused_is_there():
 
 
 def test_every_drop_reason_and_every_end_of_a_run_is_there():
-    words = {"vision_token_in_response", "running", *literal("nemo_vopd/data/views.py", "DROP_REASONS")}
-    words |= set(literal("nemo_vopd/runtime/control.py", "REASONS"))
+    words = {"vision_token_in_response", "running", *literal("nemo_vopd/views.py", "DROP_REASONS")}
+    words |= set(literal("nemo_vopd/training/stopping.py", "REASONS"))
     assert not {word for word in words if f"`{word}`" not in PAGE}
 
 

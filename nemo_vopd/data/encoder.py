@@ -15,7 +15,7 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import RawRecord, iterate_records
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.records import check_answer, check_id, check_question
-from nemo_vopd.data.views import UnusableSample, check_sides, crop_box, draw_box, load_image
+from nemo_vopd.views import UnusableSample, check_sides, crop_box, draw_box, load_image
 
 _MAX_CHARACTERS_PER_TOKEN = 32
 """No readable text has more on average; that of English is between four and five."""

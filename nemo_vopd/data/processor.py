@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from nemo_vopd.batch import View
 from nemo_vopd.config import PixelConfig
-from nemo_vopd.data.views import UnusableSample
 from nemo_vopd.errors import OptionError
+from nemo_vopd.views import UnusableSample
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
 _MAX_CACHED_TEMPLATES = 64  # each can be megabytes

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
 from nemo_vopd.distill.importance import importance_weights
-from nemo_vopd.gemm import add_product_, product
+from nemo_vopd.distill.products import add_product_, product
 
 _CPU_CHUNK_BYTES = 160 * 2**20
 """Float32 logits of one chunk on a CPU."""

@@ -4,8 +4,8 @@ Attention is ours in both: it hands over to Transformer Engine or PyTorch's scal
 Megatron's local layers on a GPU too, unless Transformer Engine is asked for: it multiplies with 10 bits of mantissa
 (TF32), while sampling and the loss do not, and has no fused attention for it.
 
-Sampling reads the weights of these layers by itself (`mcore.inference`): Megatron's static cache stores keys before the
-rotary embedding and rotates all of them again at every step, and cannot share a prompt among responses.
+Sampling reads the weights of these layers by itself (`rollout.native.forward`): Megatron's static cache stores keys
+before the rotary embedding and rotates all of them again at every step, and cannot share a prompt among responses.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_vopd.batch import MicroBatch
 
 if TYPE_CHECKING:  # vlm is built on this folder
-    from nemo_vopd.vlm.hf_weights import WeightRule
+    from nemo_vopd.vlm.weights.reading import WeightRule
 
 
 class Stage(torch.nn.Module):

@@ -20,7 +20,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.vlm.language import language_config, language_shape
 from nemo_vopd.vlm.layout import ModelShape, check_layout
-from nemo_vopd.vlm.model import VisionLanguageModel
+from nemo_vopd.vlm.vision_language import VisionLanguageModel
 
 
 def model_shape(hf: Qwen2_5_VLConfig) -> ModelShape:

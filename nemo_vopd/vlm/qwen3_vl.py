@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.vlm.language import language_config, language_shape
 from nemo_vopd.vlm.layout import ModelShape, check_layout
-from nemo_vopd.vlm.model import LanguageModel, VisionLanguageModel
+from nemo_vopd.vlm.vision_language import LanguageModel, VisionLanguageModel
 
 
 def model_shape(hf: Qwen3VLConfig) -> ModelShape:

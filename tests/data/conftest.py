@@ -3,10 +3,10 @@
 import pytest
 
 from nemo_vopd.config import DataConfig, PixelConfig
-from nemo_vopd.data.prepare import prepare
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.synthetic import write_digits
-from nemo_vopd.data.tiny_model import write_tiny_model
+from nemo_vopd.tools.prepare.prepare import prepare
+from nemo_vopd.tools.prepare.synthetic import write_digits
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="session")

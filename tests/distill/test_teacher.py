@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from nemo_vopd.config import TeacherConfig
-from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.optimizer import Optimizer, wrap_ddp
-from nemo_vopd.mcore.weights import ShardedWeights
-from nemo_vopd.vlm import build_twin, build_vlm
+from nemo_vopd.mcore.teacher_weights import ShardedWeights
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
+from nemo_vopd.vlm.build import build_twin, build_vlm
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
 

@@ -18,12 +18,12 @@ import torch
 from nemo_vopd.batch import collate
 from nemo_vopd.mcore import fp8, parallel
 from nemo_vopd.mcore.schedule import teacher_pass
-from nemo_vopd.vlm import build_vlm
+from nemo_vopd.vlm.build import build_vlm
 from tests.distributed import ROOT, run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, run_reference
-from tests.runtime.test_resume import configure, numbers, train_until
 from tests.test_step import train_and_collect
+from tests.training.test_resume import configure, numbers, train_until
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,8 @@ from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import fp8, parallel
 from nemo_vopd.model import VisionOPDModel
-from nemo_vopd.vlm import build_vlm, hf_config, qwen2_5_vl
+from nemo_vopd.vlm import qwen2_5_vl
+from nemo_vopd.vlm.build import build_vlm, hf_config
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, tiny_config
 

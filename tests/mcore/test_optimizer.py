@@ -8,7 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_vopd.config import OptimizerConfig
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
-from nemo_vopd.vlm import build_vlm
+from nemo_vopd.vlm.build import build_vlm
 from tests.helpers import tiny_config
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_vopd.data.tiny_model import write_tiny_model
 from nemo_vopd.rollout.engine import SamplingParams
-from nemo_vopd.rollout.vllm import server_arguments
-from nemo_vopd.rollout.vllm_server import Server, start_server
+from nemo_vopd.rollout.vllm.engine import server_arguments
+from nemo_vopd.rollout.vllm.server import Server, start_server
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

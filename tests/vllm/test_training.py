@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nemo_vopd.rollout.engine import SamplingParams
-from nemo_vopd.rollout.vllm import server_arguments
-from nemo_vopd.rollout.vllm_server import start_server
+from nemo_vopd.rollout.vllm.engine import server_arguments
+from nemo_vopd.rollout.vllm.server import start_server
 from tests.helpers import read_lines
 from tests.vllm.conftest import ON_CPU, ROOT, SMALL
 

@@ -24,11 +24,11 @@ from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import EngineLost, OptionError, RunError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
-from nemo_vopd.rollout.vllm import PatchImages, log_probs_mode, one_token_for_each_image, sampling_params
-from nemo_vopd.rollout.vllm_server import Client, start_server
-from nemo_vopd.rollout.vllm_sync import NCCLSync, to_first_rank, together
-from nemo_vopd.vlm import build_vlm
-from nemo_vopd.vlm.hf_weights import HFReader, iterate_hf
+from nemo_vopd.rollout.vllm.engine import PatchImages, log_probs_mode, one_token_for_each_image, sampling_params
+from nemo_vopd.rollout.vllm.server import Client, start_server
+from nemo_vopd.rollout.vllm.weight_sync import NCCLSync, to_first_rank, together
+from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.weights.reading import HFReader, iterate_hf
 from tests.distributed import run_distributed, start_distributed
 from tests.helpers import tiny_config
 

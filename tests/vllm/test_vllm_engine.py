@@ -24,10 +24,10 @@ from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import EngineLost, OptionError, RunError
 from nemo_vopd.mcore import parallel
-from nemo_vopd.rollout.vllm import VLLMEngine
-from nemo_vopd.rollout.vllm_sync import FolderSync
-from nemo_vopd.vlm import build_vlm
-from nemo_vopd.vlm.hf_weights import save_hf
+from nemo_vopd.rollout.vllm.engine import VLLMEngine
+from nemo_vopd.rollout.vllm.weight_sync import FolderSync
+from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.weights.reading import save_hf
 from tests.distributed import run_distributed
 from tests.reference import response_logits
 from tests.vllm.conftest import params_of

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.evaluation.answers import read_answers
-from nemo_vopd.runtime.evaluation import evaluate
-from tests.evaluation.published import PUBLISHED
-from tests.evaluation.test_benchmarks import configured
+from nemo_vopd.tools.evaluation.answers import read_answers
+from nemo_vopd.tools.evaluation.evaluate import evaluate
+from tests.tools.evaluation.published import PUBLISHED
+from tests.tools.evaluation.test_benchmarks import configured
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 

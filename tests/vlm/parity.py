@@ -18,8 +18,8 @@ from nemo_vopd import vlm
 from nemo_vopd.batch import Packing
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.mcore import parallel
-from nemo_vopd.vlm import hf_weights
-from nemo_vopd.vlm.hf_weights import canonical, iterate_hf, load_hf, save_hf
+from nemo_vopd.vlm.weights import reading
+from nemo_vopd.vlm.weights.reading import canonical, iterate_hf, load_hf, save_hf
 from tests.distributed import run_distributed
 
 IMAGE = 120
@@ -117,7 +117,7 @@ def check_export(config, folder: Path, groups) -> None:
     reference(folder / "source", config)
     model = build(config, groups)
     load_hf(model, model.weight_rule, folder / "source", groups)
-    with mock.patch.object(hf_weights, "_FILE_BYTES", 2**18):
+    with mock.patch.object(reading, "_FILE_BYTES", 2**18):
         save_hf(model, model.weight_rule, groups, folder / "source", folder / "export")
     assert len(list((folder / "export").glob("*.safetensors"))) > 2
     original, exported = (

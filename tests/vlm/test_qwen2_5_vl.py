@@ -6,8 +6,8 @@ from transformers import Qwen2_5_VLConfig
 
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.qwen2_5_vl import transformer_config
+from nemo_vopd.vlm.weights.reading import load_hf
 from tests.vlm.parity import VISION_IDS, build, check, check_export, check_tensor_parallel, ours, reference
 
 CASES = {

@@ -9,13 +9,13 @@ from transformers import Qwen3VLForConditionalGeneration
 from nemo_vopd.config import ParallelConfig, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
-from nemo_vopd.vlm.hf_weights import load_hf
 from nemo_vopd.vlm.qwen3_vl import transformer_config
+from nemo_vopd.vlm.weights.reading import load_hf
 from tests.data.test_processor import image
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, run_reference
-from tests.rollout.test_megatron_engine import LENGTH, load_samples, sample_responses
+from tests.rollout.native.test_engine import LENGTH, load_samples, sample_responses
 from tests.test_step import EPS, LR, SMALL, run
 from tests.test_step import check as check_steps
 from tests.vlm.parity import build, check, check_export, check_tensor_parallel, inputs, ours, reference

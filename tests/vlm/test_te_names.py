@@ -12,11 +12,13 @@ from unittest import mock
 import pytest
 import torch
 
-from nemo_vopd.data.tiny_model import write_tiny_model
-from nemo_vopd.mcore import cpu, fp8, inference, parallel
+from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.layers import CoreAttention, has_fused_attention, uses_transformer_engine
-from nemo_vopd.vlm import build_stage, hf_config, qwen2_5_vl
-from nemo_vopd.vlm.hf_weights import HFReader
+from nemo_vopd.rollout.native import forward
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
+from nemo_vopd.vlm import qwen2_5_vl
+from nemo_vopd.vlm.build import build_stage, hf_config
+from nemo_vopd.vlm.weights.reading import HFReader
 from tests.bare_te import needs_te, run_on_te
 from tests.helpers import tiny_config
 from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
@@ -77,7 +79,7 @@ def describe_te_stage(family, folder):
             stage = build_stage(hf_config(config), config, groups)
     (chunk,) = stage.chunks
     parameters = {id(parameter): name for name, parameter in stage.named_parameters()}
-    sampled = inference.ChunkPass(chunk, groups, ends_model=True).layers
+    sampled = forward.ChunkPass(chunk, groups, ends_model=True).layers
     modules = dict(stage.named_modules())
     return SimpleNamespace(
         num_layers=stage.config.num_layers,

@@ -1,0 +1,1 @@
+"""The native engine: the training model itself decodes."""

@@ -1,0 +1,244 @@
+"""Continuous batching: prompts that are decoded together, one token at a time, and take the places of ended ones."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_vopd.batch import View
+from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.native.cache import KVCache
+from nemo_vopd.rollout.native.forward import Tokens
+from nemo_vopd.rollout.native.sampling import uniforms
+from nemo_vopd.rollout.native.stop import StopStrings
+
+if TYPE_CHECKING:
+    from nemo_vopd.rollout.native.engine import Decoder
+
+PROMPT_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of prompts in one pass, by kind of device: enough to be busy, and what they pass through stays in the cache
+of a CPU, or small on a GPU. A longer prompt has a pass of its own."""
+
+_ENDED_SHARE = 1 / 16
+"""Ended rows are computed along until they are this share: moving others into their places has a price, too."""
+
+_FREE_SHARE = 1 / 8
+"""New prompts wait until this share of the rows is free: several are computed together, decoding pauses less often."""
+
+_WORTHWHILE = 1.25
+"""When prompts are shorter than those before, the cache is divided anew for so many times the rows."""
+
+
+@dataclass
+class Request:
+    """One prompt to answer n times."""
+
+    view: View
+    key: str
+    """What its random draws go by: no two prompts of a run share it."""
+    answers: list[tuple[Tensor, Tensor]]
+    """n pairs (token_ids [R], log_probs [R]), set when a response has ended."""
+
+
+@dataclass
+class Row:
+    """One response in the making."""
+
+    request: Request
+    index: int
+    """0 .. n-1 among the responses to its request."""
+    slot: int
+    start: int
+    """Position of its first token."""
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    ended: bool = False
+    age: int = -1
+    """Tokens of it in the cache; those of an ended row still grow."""
+
+
+@dataclass
+class Counts:
+    """What decoding has computed so far."""
+
+    prompt_tokens: int = 0
+    """Each prompt once for its n responses, and packed: none of them is padding."""
+    steps: int = 0
+    """Steps of one token."""
+    row_steps: int = 0
+    """Rows in all these steps."""
+    ended_row_steps: int = 0
+    """Of these, rows whose response had ended."""
+    most_rows: int = 0
+    """In one step."""
+
+
+class Lane:
+    """A batch within a share of the token budget: one for each pipeline stage, so that none waits for the last."""
+
+    def __init__(self, decoder: Decoder, queue: deque[Request], params: SamplingParams, budget: int, most: int) -> None:
+        """Serves at most `most` requests at a time from `queue`, which all lanes share: the longest prompts first."""
+        self.decoder, self.queue, self.params, self.most = decoder, queue, params, most
+        self.prompts: list[Request] = []
+        self.rows: list[Row] = []
+        self.feeding: list[Request] = []  # the prompts in the pass under way
+        self.stop, self.ends = StopStrings(params.stop, decoder.decode), frozenset(params.end_token_ids)
+        self.drawn: Tensor | None = None
+        self.handle: Any = None
+        self.changed = False  # since the cache was told which rows there are
+        self.uniform: Tensor | None = None  # [rows, max_response_length]
+        longest = queue[0].view.num_tokens
+        cost = self._cost(longest)
+        self.cache = KVCache(max(cost, min(budget, most * cost)), params.max_response_length)
+        self.cache.lay_out(*self._layout(longest))
+
+    def _cost(self, prompt: int) -> int:
+        return prompt + self.params.n * self.params.max_response_length
+
+    def _layout(self, width: int) -> tuple[int, int, int]:
+        """How many slots, of `width` positions, and rows fit."""
+        n, positions = self.params.n, self.cache.num_positions
+        slots = min(self.most, positions // self._cost(width))
+        if slots < self.most and n > 1:
+            # A prompt stays until its last response has ended: with more slots, the rows of others are used again.
+            slots = max(slots, min(self.most, 2 * (positions // (width + self._cost(width)))))
+        return slots, width, min(slots * n, (positions - slots * width) // self.params.max_response_length)
+
+    def take(self) -> bool:
+        """Take the drawn tokens, if any, and choose the next input; False when nothing is left to do."""
+        if self.drawn is not None:
+            self._record(self.drawn)
+        self._compact()
+        self._admit()
+        if self.feeding:
+            self._feed_prompts()
+        elif self.rows:
+            self._feed_tokens()
+        return bool(self.rows or self.feeding)
+
+    def _record(self, drawn: Tensor) -> None:
+        """Append the drawn tokens to their rows; those of prompts begin new rows."""
+        if self.handle is not None:
+            self.handle.wait()
+        rows, n = self.rows, self.params.n
+        if self.feeding:
+            first = len(self.prompts) - len(self.feeding)
+            rows = [
+                Row(request, index, first + i, int(request.view.position_ids.max()) + 1)
+                for i, request in enumerate(self.feeding)
+                for index in range(n)
+            ]
+            self.rows += rows
+            self.feeding, self.changed = [], True
+            drawn = drawn.expand(2, -1, n)  # greedy responses share their first token
+        else:
+            self.cache.fed()
+            self.tokens = drawn[0, :, 0].long()
+        length = self.params.max_response_length
+        # the only wait for the device at each token
+        for row, token, log_prob in zip(rows, *drawn.reshape(2, -1).tolist(), strict=True):
+            row.age += 1
+            if row.ended:
+                continue
+            row.tokens.append(int(token))
+            row.log_probs.append(log_prob)
+            row.ended = len(row.tokens) == length or token in self.ends or self.stop(row.tokens)
+            if row.ended:
+                row.request.answers[row.index] = torch.tensor(row.tokens), torch.tensor(row.log_probs)
+
+    def _compact(self) -> None:
+        """Give the places of ended rows, once there are enough of them, to those that go on."""
+        ended = [row for row in self.rows if row.ended]
+        # a row without a place for the next token cannot wait
+        full = any(row.age == self.params.max_response_length - 1 for row in ended)
+        share = _ENDED_SHARE if self.decoder.continuous else 1.0
+        if not ended or (len(ended) < share * len(self.rows) and not full):
+            return
+        rows = _fill_up([not row.ended for row in self.rows])
+        used = {self.rows[i].slot for i in rows}
+        slots = _fill_up([slot in used for slot in range(len(self.prompts))])
+        self.cache.keep(slots, rows)
+        self.rows, self.prompts = [self.rows[i] for i in rows], [self.prompts[i] for i in slots]
+        moved = {old: new for new, old in enumerate(slots)}
+        for row in self.rows:
+            row.slot = moved[row.slot]
+        if self.uniform is not None:
+            self.uniform = self.uniform[rows]
+        self.changed = True
+
+    def _admit(self) -> None:
+        """Take requests from the queue, as many as fit and as one pass computes well."""
+        if not self.queue or (not self.decoder.continuous and any(row.age > 0 for row in self.rows)):
+            return
+        width = max(request.view.num_tokens for request in (*self.prompts, self.queue[0]))
+        layout = self._layout(width)
+        if layout[0] >= len(self.prompts) and layout[2] > _WORTHWHILE * self.cache.num_rows:
+            self.cache.lay_out(*layout)
+        num_rows, num_tokens = len(self.rows), 0
+        if self.rows and self.cache.num_rows - num_rows < _FREE_SHARE * self.cache.num_rows:
+            return
+        while self.queue:
+            num_rows += self.params.n
+            num_tokens += self.queue[0].view.num_tokens
+            if len(self.prompts) == self.cache.num_slots or num_rows > self.cache.num_rows:
+                break
+            if self.feeding and num_tokens > PROMPT_TOKENS[self.decoder.device.type]:
+                break
+            self.feeding.append(self.queue.popleft())
+            self.prompts.append(self.feeding[-1])
+
+    def _feed_prompts(self) -> None:
+        views, device = [request.view for request in self.feeding], self.decoder.device
+        lengths = [view.num_tokens for view in views]
+        self.cache.feed_prompts(lengths, device)
+        self.decoder.counts.prompt_tokens += sum(lengths)
+        self.input = Tokens(
+            torch.cat([view.token_ids for view in views]).to(device),
+            self.decoder.rotary(torch.cat([view.position_ids for view in views], dim=1).to(device)),
+            torch.cat([view.pixel_values for view in views]).to(device),
+            torch.cat([view.grid_thw for view in views]),
+        )
+        self.draws: Tensor | None = None
+        if self.params.temperature > 0:
+            seed, n, length = self.params.seed, self.params.n, self.params.max_response_length
+            numbers = [uniforms(seed, r.key, k, length) for r in self.feeding for k in range(n)]
+            new = torch.stack(numbers).to(device)
+            self.draws = new[:, 0].view(-1, n)
+            self.uniform = new if self.uniform is None else torch.cat([self.uniform, new])
+
+    def _feed_tokens(self) -> None:
+        rows, device = self.rows, self.decoder.device
+        if self.changed:
+            lengths = [request.view.num_tokens for request in self.prompts]
+            self.cache.arrange(lengths, [row.slot for row in rows], [row.age for row in rows], device)
+            self.tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
+            self.starts = torch.tensor([row.start for row in rows], device=device)
+            self.changed = False
+        self.cache.feed_tokens()
+        ages = self.cache.ages
+        self.input = Tokens(self.tokens, self.decoder.rotary.text(self.starts + ages))
+        self.draws = self.uniform.gather(1, ages[:, None] + 1) if self.uniform is not None else None
+        counts = self.decoder.counts
+        counts.steps += 1
+        counts.row_steps += len(rows)
+        counts.most_rows = max(counts.most_rows, len(rows))
+        counts.ended_row_steps += sum(row.ended for row in rows)
+
+    def forward(self, index: int) -> None:
+        """Run the input through chunk `index` of this stage; after the last one start drawing the next tokens."""
+        decoder = self.decoder
+        hidden = decoder.forward(index, self.input, self.cache, prompts=bool(self.feeding))
+        if index == len(decoder.chunks) - 1:
+            num = len(self.feeding) or len(self.rows)
+            self.drawn, self.handle = decoder.draw(hidden, num, self.draws, self.params)
+
+
+def _fill_up(kept: list[bool]) -> list[int]:
+    """The numbers of those kept, the last of them in the places of the others: few change theirs."""
+    num = sum(kept)
+    last = iter([i for i in range(num, len(kept)) if kept[i]])
+    return [i if kept[i] else next(last) for i in range(num)]

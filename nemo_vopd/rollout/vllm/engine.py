@@ -1,0 +1,223 @@
+"""vLLM as the rollout engine: servers of their own answer the prompts, and take over the student's weights each step.
+
+They share no library with this package: prompts go out as token ids and PNG images over HTTP, responses come back as
+token ids and log-probs. One rank of each model-parallel group asks and tells the others.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from PIL import Image
+from torch import Tensor
+
+from nemo_vopd.batch import Rollout, Sample, View
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.vllm.server import Client
+from nemo_vopd.rollout.vllm.weight_sync import finish_together, together
+
+_NEVER = -1e9
+"""Added to the logit of a forbidden token: its probability is 0 in float32, and JSON has no infinity."""
+
+
+class VLLMEngine:
+    """Samples from vLLM servers that hold a copy of the student.
+
+    A server must offer its development and token endpoints, as `rollout/vllm/serve.py` does. Its log-probs are those of
+    `rollout.sampling.draw` at temperature 0 and 1. At others vLLM has them only after forbidden tokens are taken out:
+    they are higher by -log(1 - p), p being the probability of all image and video tokens together, which is next to 0
+    in a trained model; and after top_p, so that combination is refused.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        params: SamplingParams,
+        groups: ProcessGroupCollection,
+        processor: Processor,
+        sync: Callable[[], None] | None,
+        *,
+        timeout_seconds: float = 600.0,
+        retries: int = 3,
+        max_concurrent_requests: int = 64,
+    ) -> None:
+        """Every rank of the run calls it, and `generate` and `sync_weights`, together.
+
+        `urls` are one server for all data-parallel groups, or several that are shared out. `sync` brings the student's
+        weights to them (`FolderSync`, `NCCLSync`); None leaves them as they are. Raises OptionError when a server's
+        log-probs are of another kind, EngineLost when one does not answer.
+        """
+        self.params, self.groups, self.sync = params, groups, sync
+        self.images, self.image_token_id = PatchImages(processor.image_processor), processor.image_token_id
+        self.client = Client(urls[groups.dp_cp.rank() % len(urls)], timeout_seconds=timeout_seconds, retries=retries)
+        self.max_concurrent_requests = max_concurrent_requests
+        self._samples: list[Sample] = []
+        self._under_way: Future | None = None
+        mode = log_probs_mode(params)
+        together(lambda: self.client.require_log_probs(mode) if groups.mp.rank() == 0 else None)
+
+    def generate(self, samples: list[Sample]) -> list[Rollout]:
+        """n rollouts for each sample, in the order of the samples.
+
+        Raises EngineLost on every rank of the run when a server is lost to one of them.
+        """
+        self.begin(samples)
+        return self.finish()
+
+    def begin(self, samples: list[Sample]) -> None:
+        """Start answering `samples` in the background; every rank calls it, but none waits for another."""
+        asks = self.groups.mp.rank() == 0
+        pool = ThreadPoolExecutor(1)
+        self._samples, self._under_way = samples, pool.submit(self._ask_all, samples) if asks else _nothing()
+        pool.shutdown(wait=False)
+
+    def finish(self) -> list[Rollout]:
+        """The rollouts that `begin` was called for last; waits for them. Every rank of the run calls it.
+
+        Raises EngineLost on all of them when a server is lost to one.
+        """
+        assert self._under_way is not None, "nothing was begun"
+        answers, self._under_way = finish_together(self._under_way), None
+        if self.groups.mp.size() > 1:
+            shared = [answers]
+            dist.broadcast_object_list(shared, group=self.groups.mp, group_src=0)
+            (answers,) = shared
+        assert answers is not None
+        return [
+            Rollout(sample, torch.tensor(tokens), torch.tensor(log_probs, dtype=torch.float32), index)
+            for sample, responses in zip(self._samples, answers, strict=True)
+            for index, (tokens, log_probs) in enumerate(responses)
+        ]
+
+    def sync_weights(self) -> None:
+        """Bring the student's weights to the servers. Raises EngineLost on every rank when one does not take them."""
+        if self.sync is not None:
+            self.sync()
+
+    def _ask_all(self, samples: list[Sample]) -> list[list[tuple[list[int], list[float]]]]:
+        self.client.check()
+        given_up = threading.Event()
+        pool = ThreadPoolExecutor(min(self.max_concurrent_requests, max(len(samples), 1)))
+        asked = [pool.submit(self._ask, sample, given_up) for sample in samples]
+        try:
+            return [answer.result() for answer in asked]
+        finally:
+            given_up.set()  # where one failed the others need not try again
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, sample: Sample, given_up: threading.Event) -> list[tuple[list[int], list[float]]]:
+        """n pairs (token ids, log-probs) of one sample."""
+        view, n = sample.student, self.params.n
+        parts = [{"type": "image_url", "url": _png(image)} for image in self.images(view)]
+        request = {
+            "token_ids": one_token_for_each_image(view, self.image_token_id, self.images.merge),
+            "content_parts": parts,
+            "sampling_params": sampling_params(self.params, str(sample.key)),
+            "return_token_ids": True,
+        }
+        answer = self.client.post("/inference/v1/generate", request, given_up=given_up)
+        found = answer["prompt_token_ids"]
+        if found != view.token_ids.tolist():
+            rule = f"made {len(found)} tokens of the prompt of sample {sample.id}, training has {view.num_tokens}"
+            remedy = "start it on the model of model.hf_path, its --mm-processor-kwargs with the pixels of data.full"
+            raise RunError(f"vLLM at {self.client.url} {rule}; {remedy}")
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        responses = [(c["token_ids"], [token["logprob"] for token in c["logprobs"]["content"]]) for c in choices]
+        if any(choice["finish_reason"] not in ("stop", "length") for choice in choices):
+            raise RunError(f"vLLM at {self.client.url} broke off an answer to sample {sample.id}: see the server's log")
+        return responses * n if self.params.temperature == 0 else responses  # greedy ones are alike, it answers once
+
+
+def log_probs_mode(params: SamplingParams) -> str:
+    """vLLM's --logprobs-mode whose log-probs are those of `rollout.sampling.draw`. Raises OptionError."""
+    if params.temperature in (0.0, 1.0):
+        return "raw_logprobs"
+    if params.top_p < 1:
+        rule = f"at rollout.temperature={params.temperature} vLLM's log-probs are those after top_p, not the student's"
+        raise OptionError("rollout.top_p", params.top_p, rule, "set rollout.top_p=1 or rollout.temperature=1")
+    return "processed_logprobs"
+
+
+def server_arguments(params: SamplingParams, *, dtype: str, max_length: int, pixels: tuple[int, int]) -> list[str]:
+    """Options of `vllm serve` that follow from the run's: number format, longest sequence, log-probs, image sizes.
+
+    `dtype` is float32 or bfloat16, `max_length` in tokens, `pixels` the least and the most of a resized image.
+    """
+    limits = json.dumps({"min_pixels": pixels[0], "max_pixels": pixels[1]})
+    sizes = ["--max-model-len", str(max_length), "--mm-processor-kwargs", limits]
+    return ["--dtype", dtype, "--logprobs-mode", log_probs_mode(params), *sizes]
+
+
+def sampling_params(params: SamplingParams, prompt: str) -> dict[str, Any]:
+    """vLLM's sampling parameters; the seed follows from the key `prompt`, vLLM adds the number of the response."""
+    seed = hashlib.blake2b(f"{params.seed}/{prompt}".encode(), digest_size=7).digest()
+    return {
+        "n": params.n if params.temperature > 0 else 1,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_response_length,
+        "seed": int.from_bytes(seed, "big"),
+        "logprobs": 0,  # of the sampled token alone
+        "ignore_eos": True,  # only these end tokens, whatever the server's generation_config.json says
+        "stop_token_ids": list(params.end_token_ids),
+        "stop": list(params.stop),
+        "logit_bias": {str(i): _NEVER for i in params.forbidden_token_ids},
+        "detokenize": bool(params.stop),
+    }
+
+
+class PatchImages:
+    """The images that patches were cut from: resized, as Qwen's processor leaves them, in 8 bits, without loss."""
+
+    def __init__(self, image_processor: Any) -> None:
+        """`image_processor` cut the patches."""
+        self.patch, self.merge = image_processor.patch_size, image_processor.merge_size
+        self.time = image_processor.temporal_patch_size
+        self.mean, self.std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
+
+    def __call__(self, view: View) -> list[Tensor]:
+        """[height, width, 3] uint8 for each image of `view`."""
+        counts = view.grid_thw.prod(dim=1).tolist()
+        patches = view.pixel_values.split(counts)
+        return [self._image(x, h, w) for x, (_, h, w) in zip(patches, view.grid_thw.tolist(), strict=True)]
+
+    def _image(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        m, p = self.merge, self.patch
+        # a still image is the same at all times: the first is taken; patches of one merged token lie together
+        blocks = patches.view(rows // m, columns // m, m, m, 3, self.time, p, p)[:, :, :, :, :, 0]
+        pixels = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * p, columns * p, 3)
+        return ((pixels * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _nothing() -> Future:
+    done: Future = Future()
+    done.set_result(None)
+    return done
+
+
+def _png(image: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def one_token_for_each_image(view: View, image_token_id: int, merge: int) -> list[int]:
+    """The prompt as the chat template writes it: vLLM repeats image tokens itself."""
+    counts = iter((view.grid_thw.prod(dim=1) // merge**2).tolist())
+    tokens, result, i = view.token_ids.tolist(), [], 0
+    while i < len(tokens):
+        result.append(tokens[i])
+        i += next(counts) if tokens[i] == image_token_id else 1
+    return result

@@ -1,0 +1,208 @@
+"""One vLLM server: started and ended with the run, and asked over HTTP."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from nemo_vopd.errors import EngineLost, OptionError, RunError
+
+_SCRIPT = Path(__file__).with_name("serve.py")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "NCCL_ASYNC", "PYTHONPATH")
+"""Beginnings of the variables that tell a rank of the run its place; vLLM would take them for its own."""
+_LONGEST_PAUSE = 30.0
+_BUSY = (408, 429)
+
+
+class Client:
+    """Asks the server at one address; what may be a passing fault is tried again."""
+
+    def __init__(self, url: str, *, timeout_seconds: float, retries: int, pause_seconds: float = 1.0) -> None:
+        """`url` as in http://host:8000.
+
+        A request that fails, or takes `timeout_seconds`, is repeated `retries` times, `pause_seconds` later the first
+        time and twice as long at each further one.
+        """
+        self.url, self.timeout_seconds = url.rstrip("/"), timeout_seconds
+        self.retries, self.pause_seconds = retries, pause_seconds
+        # servers of a cluster are not reached through its way to the outside
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def get(self, path: str, timeout: float | None = None) -> Any:
+        """The server's JSON answer, None if it is empty. Raises as `post` does."""
+        return self._call(path, None, timeout)
+
+    def post(self, path: str, body: dict[str, Any] | None = None, *, given_up: threading.Event | None = None) -> Any:
+        """The server's JSON answer to `body`, None if it is empty; `given_up` ends the waiting between two attempts.
+
+        Raises EngineLost when it fails `retries` + 1 times, RunError when the server refuses the request.
+        """
+        return self._call(path, json.dumps(body or {}).encode(), None, given_up or threading.Event())
+
+    def check(self) -> None:
+        """Raise EngineLost unless the server is well."""
+        self.get("/health", timeout=min(self.timeout_seconds, 30.0))
+
+    def reset_caches(self) -> None:
+        """Forget everything that was computed with weights before: prompts, image features, preprocessed images."""
+        for path in ("/reset_mm_cache", "/reset_encoder_cache"):
+            self.post(path)
+        for attempt in range(10):  # blocks may be held for a moment after the last response
+            if self.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
+                return
+            time.sleep(0.1 * attempt)
+        raise RunError(f"vLLM at {self.url} does not forget the prompts of the weights before: other clients use it")
+
+    def reload(self, folder: Path) -> None:
+        """Take the weights of the Hugging Face directory `folder`, and forget what came of those before."""
+        self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self.reset_caches()
+
+    def require_log_probs(self, mode: str) -> None:
+        """Raise OptionError unless the server's log-probs are of the kind `mode`."""
+        found = self.get("/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
+        if found != mode:
+            rule = f"the server's log-probs are {found}, rollout.temperature asks for {mode}"
+            raise OptionError("rollout.vllm.urls", self.url, rule, f"start it with --logprobs-mode {mode}")
+
+    def _call(self, path: str, body: bytes | None, timeout: float | None, given_up: threading.Event | None = None):
+        headers = {"Content-Type": "application/json"}
+        for attempt in range(self.retries + 1):
+            request = urllib.request.Request(self.url + path, data=body, headers=headers)
+            try:
+                with self._opener.open(request, timeout=timeout or self.timeout_seconds) as answer:
+                    content = answer.read()
+                return json.loads(content) if content else None
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}, {_message(error)}"
+                if error.code < 500 and error.code not in _BUSY:
+                    raise RunError(f"vLLM at {self.url} refuses {path} ({reason}); {_remedy(error.code)}") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                cause = getattr(error, "reason", None) or error
+                reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            if attempt == self.retries:
+                break
+            pause = min(self.pause_seconds * 2**attempt, _LONGEST_PAUSE)
+            if given_up is None:
+                time.sleep(pause)
+            elif given_up.wait(pause):
+                break
+        raise EngineLost(
+            f"vLLM at {self.url} is lost: {path} failed {attempt + 1} times ({reason}); look into the server's log, "
+            "start it again if this run did not, and resume the run"
+        )
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(text.split())[:500] or str(error.reason)
+
+
+def _remedy(code: int) -> str:
+    if code in (403, 404):
+        return "start it with nemo_vopd/rollout/vllm/serve.py, or with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
+    return "change its arguments (rollout.vllm.arguments if this run starts it) or the rollout options"
+
+
+class Server:
+    """A server that this process started, and that ends with it."""
+
+    def __init__(self, process: subprocess.Popen, url: str, log_file: Path) -> None:
+        """Use `start_server`."""
+        self.process, self.url, self.log_file = process, url, log_file
+        atexit.register(self.stop)
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the server and what it started; it has `seconds` to do so by itself."""
+        atexit.unregister(self.stop)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)  # its own group, by its own id
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+
+    def last_lines(self, count: int = 3) -> str:
+        """The end of the log, on one line."""
+        lines = [line.strip() for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
+        return " | ".join(lines[-count:])
+
+
+def start_server(
+    python: str | Path,
+    model_dir: str | Path,
+    arguments: list[str],
+    log_file: Path,
+    *,
+    port: int = 0,
+    start_seconds: float = 600.0,
+    environment: dict[str, str] | None = None,
+) -> Server:
+    """Serve `model_dir` with the interpreter `python` of vLLM's environment, and wait until it answers.
+
+    The server ends when this process does, however that ends. It listens on this machine only, at `port` or at a free
+    one; `arguments` are options of `vllm serve`, `environment` adds variables. Raises OptionError when there is no
+    such interpreter or the port is taken, RunError when the server ends or needs over `start_seconds`.
+    """
+    if not Path(python).is_file():
+        raise OptionError("rollout.vllm.python", python, "is not a file", "give the interpreter of vLLM's environment")
+    port = _free_port(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [str(python), str(_SCRIPT), "--model", str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
+    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--enable-scale-out", *arguments],
+            env={**inherited, **settings, "NEMO_VOPD_PARENT": str(os.getpid()), **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(process, url, log_file)
+    print(f"starting vLLM at {url}, its log is {log_file}", flush=True)
+    begin = time.monotonic()
+    client = Client(url, timeout_seconds=5.0, retries=0)
+    while True:
+        if process.poll() is not None:
+            server.stop()  # what it started may still be there
+            raise RunError(f"vLLM ended with code {process.returncode} while it started: {server.last_lines()}")
+        with contextlib.suppress(EngineLost):
+            client.check()
+            break
+        if time.monotonic() - begin > start_seconds:
+            server.stop()
+            raise RunError(
+                f"vLLM did not answer within {start_seconds:.0f} s: {server.last_lines()}; "
+                f"look into {log_file} or raise rollout.vllm.start_seconds"
+            )
+        time.sleep(0.5)
+    print(f"vLLM answers after {time.monotonic() - begin:.0f} s", flush=True)
+    return server
+
+
+def _free_port(port: int) -> int:
+    """`port`, or any when it is 0."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            remedy = "name another, or 0 for any"
+            raise OptionError("rollout.vllm.port", port, f"cannot be used ({error.strerror})", remedy) from None
+        return probe.getsockname()[1]

@@ -1,1 +1,0 @@
-"""Metrics, timers and progress of a run."""

@@ -1,0 +1,271 @@
+"""The public benchmarks of fine-grained vision, read from local copies of their published files.
+
+Nothing is downloaded. How a row becomes a question: nemo_vopd/tools/evaluation/benchmark_rows.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.evaluation import benchmark_rows as rows
+from nemo_vopd.tools.evaluation.questions import Question, told_apart
+from nemo_vopd.tools.evaluation.rows import check_columns, columns_of, read_rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published form of a benchmark."""
+
+    patterns: tuple[str, ...]
+    """Files below the folder of the benchmark; those of the first pattern that finds any are read."""
+    columns: tuple[str, ...]
+    question: Callable[[rows.Row, Path], Question]
+    """Builds the question of a row of the given file. Raises ValueError for a row that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How answers become numbers."""
+
+    mean_of: str = "questions"
+    """questions: the headline is the accuracy over all of them; categories: the mean of the categories' accuracies."""
+    pairs: bool = False
+    """Questions 2k-1 and 2k are a pair; the share of pairs that are right is reported too."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark and where it comes from."""
+
+    name: str
+    title: str
+    published: str
+    """Hugging Face data sets, and VLMEvalKit's TSV file."""
+    sources: tuple[Source, ...]
+    num_questions: int | None
+    """Of the whole published set, where it is known."""
+    scoring: Scoring = Scoring()
+
+
+def _hr_source(size: str) -> tuple[Source, ...]:
+    patterns = (f"hr_bench_{size}.parquet", f"hrbench_{size}*.parquet", f"*{size}*.parquet", f"*{size}*.tsv")
+    return (Source(patterns, ("index", "question", "answer", "A", "B", "C", "D", "category", "image"), rows.hrbench),)
+
+
+def _realworld_sources(language: str) -> tuple[Source, ...]:
+    columns = ("index", "question", "multi-choice options", "answer", "category")
+    question = rows.realworld(language)
+    return (
+        Source(("data/*.parquet", "*.parquet"), (*columns, "bytes"), question),
+        Source(("*.tsv",), (*columns, "image"), question),
+    )
+
+
+_KIT = "VLMEvalKit's"
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "vstar",
+            "V*",
+            f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
+            (
+                Source(
+                    ("data/test-*.parquet", "*.parquet"),
+                    ("image", "text", "label", "question_id", "category"),
+                    rows.vstar,
+                ),
+                Source(("*.tsv",), ("index", "image", "question", "A", "B", "answer", "category"), rows.vstar_tsv),
+            ),
+            191,
+        ),
+        Benchmark(
+            "zoombench",
+            "ZoomBench",
+            "inclusionAI/ZoomBench",
+            (
+                Source(
+                    ("data/test*.parquet", "*.parquet"),
+                    ("id", "query", "response", "image", "crop_image"),
+                    rows.zoombench,
+                ),
+            ),
+            845,
+        ),
+        Benchmark("hrbench-4k", "HR-Bench 4K", "DreamMr/HR-Bench", _hr_source("4k"), 800),
+        Benchmark("hrbench-8k", "HR-Bench 8K", "DreamMr/HR-Bench", _hr_source("8k"), 800),
+        Benchmark(
+            "mme-realworld",
+            "MME-RealWorld",
+            f"yifanzhang114/MME-RealWorld-Lmms-eval; {_KIT} MME-RealWorld.tsv",
+            _realworld_sources("en"),
+            None,
+        ),
+        Benchmark(
+            "mme-realworld-cn",
+            "MME-RealWorld-CN",
+            f"yifanzhang114/MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv",
+            _realworld_sources("cn"),
+            None,
+        ),
+        Benchmark(
+            "mme-realworld-lite",
+            "MME-RealWorld-Lite",
+            f"yifanzhang114/MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv",
+            _realworld_sources("en"),
+            1919,
+        ),
+        Benchmark(
+            "visualprobe",
+            "VisualProbe",
+            "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
+            (
+                Source(
+                    ("VisualProbe_*/val.json", "val.json"),
+                    ("images", "problem", "solution"),
+                    rows.visualprobe,
+                ),
+            ),
+            515,
+            Scoring("categories"),
+        ),
+        Benchmark(
+            "mmvp",
+            "MMVP",
+            f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
+            (
+                Source(("Questions.csv",), ("Index", "Question", "Options", "Correct Answer"), rows.mmvp),
+                Source(
+                    ("data/*.parquet", "*.parquet"),
+                    ("Index", "Question", "Options", "Correct Answer", "image"),
+                    rows.mmvp,
+                ),
+                Source(("data/*.parquet", "*.parquet"), ("index", "question", "options", "answer", "image"), rows.mmvp),
+                Source(("*.tsv",), ("index", "image", "question", "A", "B", "answer"), rows.mmvp_tsv),
+            ),
+            300,
+            Scoring(pairs=True),
+        ),
+        Benchmark(
+            "cv-bench",
+            "CV-Bench",
+            f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
+            (
+                Source(
+                    ("test_[23]d.parquet", "*.parquet"),
+                    ("idx", "type", "task", "image", "prompt", "answer", "source"),
+                    rows.cv_bench,
+                ),
+                Source(("CV-Bench-*.tsv", "*.tsv"), ("index", "image", "prompt", "answer", "split"), rows.cv_bench),
+            ),
+            2638,
+            Scoring("categories"),
+        ),
+        Benchmark(
+            "mmstar",
+            "MMStar",
+            f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
+            (
+                Source(
+                    ("mmstar.parquet", "*.parquet", "*.tsv"),
+                    ("index", "question", "answer", "category", "l2_category", "image"),
+                    rows.mmstar,
+                ),
+            ),
+            1500,
+        ),
+        Benchmark(
+            "pope",
+            "POPE",
+            f"lmms-lab/POPE; {_KIT} POPE.tsv",
+            (
+                Source(
+                    ("data/test-*.parquet", "Full/*.parquet", "*.parquet"),
+                    ("question_id", "question", "answer", "image", "category"),
+                    rows.pope,
+                ),
+                Source(("*.tsv",), ("index", "image", "question", "answer", "category"), rows.pope),
+            ),
+            9000,
+        ),
+    )
+}
+
+
+def find_benchmark(name: object) -> Benchmark:
+    """The benchmark called `name`, however it is spelled (vstar, V*, hr_bench_4k). Raises OptionError (benchmark)."""
+    aliases = {"vstarbench": "vstar", "vbench": "vstar", "mmerealworlden": "mmerealworld"}
+    wanted = aliases.get(_plain(str(name)), _plain(str(name)))
+    for benchmark in BENCHMARKS.values():
+        if wanted in (_plain(benchmark.name), _plain(benchmark.title)):
+            return benchmark
+    raise OptionError("benchmark", name, "is unknown", f"choose from {', '.join(BENCHMARKS)}")
+
+
+def read_benchmark(benchmark: Benchmark, path: Path, unusable: list[str]) -> Iterator[Question]:
+    """The questions of `benchmark` in the order of its files, below `path` or in its folder there.
+
+    A row that cannot be used is left out, and why goes to `unusable`. Raises OptionError (data.path) when there is no
+    such file, a column is missing or no row can be used.
+    """
+    source, files = _files(benchmark, path)
+    seen: dict[str, int] = {}
+    for file in files:
+        for number, row in enumerate(read_rows(file, source.columns), start=1):
+            try:
+                question = source.question(row, file)
+            except (ValueError, OSError) as error:
+                unusable.append(f"{file.name}, row {number}: {error}")
+                continue
+            question.id = told_apart(question.id, seen)
+            yield question
+    if not seen:
+        first = f" ({unusable[0]})" if unusable else ""
+        raise OptionError("data.path", path, f"holds no usable question of {benchmark.title}{first}", "copy it again")
+
+
+def _files(benchmark: Benchmark, path: Path) -> tuple[Source, list[Path]]:
+    """The published form that is there, and its files."""
+    if not path.exists():
+        raise OptionError("data.path", path, "does not exist", f"give a copy of {benchmark.published}")
+    found = [(source, files) for source in benchmark.sources if (files := _matching(benchmark, source, path))]
+    if not found:
+        wanted = " or ".join(source.patterns[0] for source in benchmark.sources)
+        rule = f"holds no file of {benchmark.title} ({wanted})"
+        raise OptionError("data.path", path, rule, f"copy {benchmark.published} there")
+    for source, files in found:
+        if set(source.columns) <= set(columns_of(files[0])):
+            return source, files
+    source, files = found[0]
+    check_columns(columns_of(files[0]), source.columns, files[0], "data.path")
+    raise AssertionError
+
+
+def _matching(benchmark: Benchmark, source: Source, path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if any(Path(p).suffix == path.suffix.lower() for p in source.patterns) else []
+    names = {_plain(benchmark.name), *map(_plain, re.findall(r"[\w-]+/([\w-]+)", benchmark.published))}
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _plain(folder.name) in names]
+    searches = [path.glob, *(search for folder in inner for search in (folder.glob, folder.rglob)), path.rglob]
+    for search in searches:
+        for pattern in source.patterns:
+            if files := sorted(search(pattern)):
+                return files
+    return []
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("*", "star"))
+
+
+def help_text() -> str:
+    """A line for each benchmark: where it is published and the columns that are needed."""
+    lines = []
+    for b in BENCHMARKS.values():
+        lines.append(f"{b.name:19} {b.published}")
+        lines += [f"{'':21}{Path(s.patterns[0]).name}: {', '.join(s.columns)}" for s in b.sources]
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""A question of an evaluation: what is shown, what is asked, what is right, and how a reply is read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from nemo_vopd.config import DataConfig
+from nemo_vopd.data.dataset import RawRecord, iterate_records
+from nemo_vopd.data.encoder import cut_crop, parse_meta
+from nemo_vopd.data.records import check_answer, check_id, check_question
+from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.evaluation.extraction import final_answer
+from nemo_vopd.views import UnusableSample, check_box, load_image
+
+OPTION, YES_NO, TEXT = "option", "yes_no", "text"
+_LETTERS = "ABCDEFGH"
+_ROTATION = 0x0112  # EXIF's tag
+_MARKER = re.compile(r"(?:(?<=^)|(?<=[\s,;:?.]))[(\[（]?([A-Ha-h])(?:[)\]）]|[.:：](?=\s|$))\s*")
+
+
+@dataclass
+class Question:
+    """One question about one image, and about a crop of it where there is one."""
+
+    id: str
+    prompt: str
+    """As the model gets it, without the chat template."""
+    answer: str
+    """OPTION: a letter; YES_NO: yes or no; TEXT: any text."""
+    kind: str
+    """OPTION | YES_NO | TEXT"""
+    full: bytes
+    """The image file."""
+    crop: bytes | None = None
+    """The crop as a file, where the data set has it."""
+    bbox: list[float] | None = None
+    """The evidence in pixels of `full`, from which a crop is cut otherwise."""
+    options: dict[str, str] = field(default_factory=dict)
+    """OPTION: letter -> text, in order; texts may be empty."""
+    category: str = ""
+    subcategory: str = ""
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views it can be asked about."""
+        return ("full",) if self.crop is None and self.bbox is None else ("full", "crop")
+
+    def image(self, view: str, data: DataConfig) -> Image.Image:
+        """The RGB image of `view` (full | crop); crops are cut from `bbox` by `data.crop`. Raises UnusableSample."""
+        if view == "full":
+            return load_image(self.full)
+        return load_image(self.crop) if self.crop is not None else cut_crop(load_image(self.full), self.bbox, data)
+
+    def file(self, view: str, data: DataConfig) -> tuple[str, bytes]:
+        """(media type, image file) of `view`: the stored file where every reader sees the pixels of `image` in it.
+
+        Else, and for a crop that is cut, a PNG. Raises UnusableSample.
+        """
+        stored = self.full if view == "full" else self.crop
+        if stored is not None and (media := _plain_media_type(stored)):
+            load_image(stored)  # a damaged file is told here, not by the server
+            return media, stored
+        buffer = io.BytesIO()
+        self.image(view, data).save(buffer, format="PNG", compress_level=1)
+        return "image/png", buffer.getvalue()
+
+    def evidence_size(self) -> float | None:
+        """Area of the box, or of the crop where there is no box, over that of the full image; None if there is neither.
+
+        The images are readable. A box that is none leaves the full view to be asked about.
+        """
+        if self.bbox is None and self.crop is None:
+            return None
+        width, height = _size(self.full)
+        if self.bbox is not None:
+            try:
+                x1, y1, x2, y2 = check_box(self.bbox, (width, height))
+            except UnusableSample:
+                return None
+            return (x2 - x1) * (y2 - y1) / (width * height)
+        assert self.crop is not None
+        crop_width, crop_height = _size(self.crop)
+        return min(1.0, crop_width * crop_height / (width * height))
+
+    def cluster(self) -> str:
+        """The same for questions about the same image: their errors are not independent."""
+        return hashlib.sha256(self.full).hexdigest()[:16]
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
+
+
+def _plain_media_type(data: bytes) -> str | None:
+    """The media type of an RGB PNG, JPEG or WebP file without a rotation in its EXIF part, which readers may apply."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # Pillow raises almost anything
+        if image.format in ("PNG", "JPEG", "WEBP") and image.mode == "RGB" and image.getexif().get(_ROTATION, 1) == 1:
+            return f"image/{image.format.lower()}"
+    return None
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """Letter -> text of the options that `text` lists as (A) ..., A. ... or A: ..., from A on; {} if it lists none.
+
+    The last list counts: a question may mention a letter before.
+    """
+    markers = [(m.group(1).upper(), m.start(), m.end()) for m in _MARKER.finditer(text)]
+    best: list[tuple[str, int, int]] = []
+    for first, (letter, start, _) in enumerate(markers):
+        if letter != "A":
+            continue
+        run = []
+        for marker in markers[first:]:
+            if marker[0] == _LETTERS[len(run) : len(run) + 1]:
+                run.append(marker)
+        # of equally long lists one that begins a line, and of those the last
+        rank = (len(run), text[:start].rstrip(" ")[-1:] in ("", "\n"))
+        if len(run) > 1 and (not best or rank >= (len(best), text[: best[0][1]].rstrip(" ")[-1:] in ("", "\n"))):
+            best = run
+    options = {}
+    for i, (letter, _, start) in enumerate(best):
+        end = best[i + 1][1] if i + 1 < len(best) else len(text)
+        # the last option ends with its line: what follows tells how to answer
+        piece = text[start:end] if i + 1 < len(best) else text[start:end].split("\n")[0]
+        options[letter] = piece.strip().rstrip(",;，；").strip()
+    return options
+
+
+def option_letter(answer: object) -> str | None:
+    """The letter in an answer key such as B, (b), B. or B: text; None for anything else."""
+    if not isinstance(answer, str):
+        return None
+    found = re.fullmatch(r"\s*[(\[（]?([A-Ha-h])(?:[)\]）.:：](?:\s.*)?)?\s*", answer, re.DOTALL)
+    return found.group(1).upper() if found else None
+
+
+def told_apart(name: str, seen: dict[str, int]) -> str:
+    """`name`, with a number from its second occurrence on: files number their questions anew in each part."""
+    count = seen[name] = seen.get(name, 0) + 1
+    return name if count == 1 else f"{name}#{count}"
+
+
+def stored_questions(path: str, data: DataConfig, unusable: list[str], limit: int | None = None) -> Iterator[Question]:
+    """The first `limit` records of the Energon data set `path` as questions; what cannot be read goes to `unusable`.
+
+    Raises OptionError (data.path) at a record without an answer.
+    """
+    seen: dict[str, int] = {}
+    for record in iterate_records(path, limit):
+        try:
+            question = _stored_question(record, data)
+        except UnusableSample as reason:
+            unusable.append(f"{record.name}: {reason}")
+            continue
+        question.id = told_apart(question.id, seen)
+        if question.answer == "":
+            rule = f"has no answer to compare with in sample {question.id}"
+            raise OptionError("data.path", path, rule, "evaluate on a data set with answers")
+        yield question
+
+
+def _stored_question(record: RawRecord, data: DataConfig) -> Question:
+    meta = parse_meta(record.meta)
+    sample_id, text = check_id(meta.get("id", record.name)), check_question(meta.get("question"))
+    if record.image is None:
+        raise UnusableSample("missing_image")
+    kind, answer, options = classify(text, check_answer(meta.get("answer")) or "")
+    prompt = text + data.question_hint
+    return Question(sample_id, prompt, answer, kind, record.image, record.crop, meta.get("bbox"), options)
+
+
+def classify(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
+    """(kind, answer, options) by which a reply to a record of one's own is graded.
+
+    The letter of an option that the question lists is read as one, and yes or no as such; all else is a text.
+    """
+    if "<answer>" in answer or "boxed{" in answer:  # reasoning data sets mark the key as a reply is to mark it
+        answer = final_answer(answer) or answer
+    answer = answer.strip()
+    options = parse_options(question)
+    letter = option_letter(answer)
+    if letter is not None and letter in options:
+        return OPTION, letter, options
+    if answer.strip(" .").lower() in ("yes", "no"):
+        return YES_NO, answer.strip(" .").lower(), {}
+    return TEXT, answer, {}

@@ -1,0 +1,186 @@
+"""Operations and seconds of one step, from data-sheet peaks and stated efficiencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_vopd.config import Config
+from nemo_vopd.tools.planning.assumptions import Assumptions, Gpu
+from nemo_vopd.tools.planning.count import ModelCount, StageCount
+from nemo_vopd.tools.planning.memory import element_bytes, kv_cache_bytes, prompts_of_a_pass
+from nemo_vopd.tools.planning.workload import Packed, Workload
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one forward pass on one GPU."""
+
+    language: float
+    vision: float
+    fp8: float = 0.0
+    """Of the language's, those that FP8 computes."""
+
+    @property
+    def total(self) -> float:
+        """Operations, whoever computes them."""
+        return self.language + self.vision
+
+    def seconds(self, peak: float, assume: Assumptions) -> float:
+        """At the assumed share of `peak`."""
+        language = self.language - self.fp8 + self.fp8 / assume.fp8_gain
+        return language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.language + other.language, self.vision + other.vision, self.fp8 + other.fp8)
+
+    def times(self, factor: float) -> Cost:
+        """`factor` such passes."""
+        return Cost(self.language * factor, self.vision * factor, self.fp8 * factor)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One step."""
+
+    flops: dict[str, float]
+    """Of the whole world, by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
+    seconds: dict[str, float]
+    """By phase."""
+    bubble: float
+    """Share of the student's pass in which a stage waits because the pipeline fills or drains."""
+    stage_seconds: list[float]
+    """Student, forward and backward of one mean microbatch, by stage."""
+
+    @property
+    def step_seconds(self) -> float:
+        """One step."""
+        return sum(self.seconds.values())
+
+
+def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, *, sampling: bool = False) -> Cost:
+    """The layers and the tower of one stage on one microbatch, without the head. `sampling` is never in FP8."""
+    megatron, vision = model.megatron, hf.vision_config
+    assert megatron.kv_channels is not None
+    t, num_layers = megatron.tensor_model_parallel_size, sum(stage.chunk_layers)
+    length = packed.num_tokens / max(1, packed.num_sequences)
+    # causal: a position attends to half of them on average; scores and their product with the values
+    attention = 4 * (megatron.num_attention_heads // t) * megatron.kv_channels * length / 2
+    products = packed.num_tokens * num_layers * 2 * stage.num_layer_weights
+    language = products + packed.num_tokens * num_layers * attention
+    in_bf16 = 0
+    if megatron.first_last_layers_bf16:
+        in_bf16 = megatron.num_layers_at_start_in_bf16 + megatron.num_layers_at_end_in_bf16
+    fp8 = products * (1 - in_bf16 / megatron.num_layers) if megatron.fp8 and not sampling else 0.0
+    if not stage.num_vision or not packed.num_patches:
+        return Cost(language, 0.0, fp8)
+    patches = packed.num_patches / max(1, packed.num_prompts)  # of two images in a prompt, windows hide most of it
+    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    window = (getattr(vision, "window_size", 0) // int(vision.patch_size)) ** 2
+    keys = full * patches + (vision.depth - full) * min(window, patches)
+    tower = packed.num_patches * (2 * stage.num_vision_blocks + 4 * vision.hidden_size * keys)
+    return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens, fp8)
+
+
+def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu, assume: Assumptions) -> Timing:
+    """Operations and seconds of one step."""
+    peak = gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
+    stages, chunks = model.stages, config.parallel.virtual_pipeline
+    again = {"none": 0, "mlp": _feed_forward_share(model), "layers": 1}[config.trainer.recompute]
+    student = []
+    for stage in stages:
+        cost = forward_cost(hf, model, stage, work.student_mean)
+        tower = cost.vision if config.trainer.recompute_vision else 0.0
+        student.append(cost.times(3) + Cost(cost.language, 0.0, cost.fp8).times(again) + Cost(0.0, tower))
+    teacher = [forward_cost(hf, model, stage, work.teacher_mean) for stage in stages]
+    # of each response row the student's logits and both gradients, and the teacher's logits
+    heads = Cost(work.student_mean.num_response_rows * 2 * stages[-1].num_head * 4, 0.0)
+    student[-1] = student[-1] + heads
+
+    num, ranks = work.num_microbatches, config.parallel.tensor * model.data_parallel
+    student_times = [cost.seconds(peak, assume) for cost in student]
+    teacher_times = [cost.seconds(peak, assume) for cost in teacher]
+    prefill, prefill_seconds = _prefill(hf, model, work, peak, assume)
+    decode, decode_seconds = _decode(model, work, gpu, peak, assume)
+    flops = {
+        "rollout": ranks * (prefill + decode),
+        "teacher": ranks * num * sum(cost.total for cost in teacher),
+        "student": ranks * num * sum(cost.total for cost in student),
+    }
+    seconds = {
+        "rollout": prefill_seconds + decode_seconds,
+        "teacher": _pipeline_seconds(teacher_times, num, chunks),
+        "student": _pipeline_seconds(student_times, num, chunks),
+        "optimizer": _update_seconds(config, model, gpu, assume),
+    }
+    fill = (len(stages) - 1) / chunks
+    return Timing(flops, seconds, fill / (num + fill), student_times)
+
+
+def _feed_forward_share(model: ModelCount) -> float:
+    """Of the products of a layer."""
+    megatron = model.megatron
+    assert megatron.ffn_hidden_size is not None and megatron.kv_channels is not None and megatron.num_query_groups
+    attention = 2 * megatron.kv_channels * (megatron.num_attention_heads + megatron.num_query_groups)
+    return 3 * megatron.ffn_hidden_size / (3 * megatron.ffn_hidden_size + attention)
+
+
+def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) -> float:
+    """The slowest stage sets the pace; the others' time passes once, while the pipeline fills and drains."""
+    slowest = max(times)
+    return num_microbatches * slowest + (sum(times) - slowest) / chunks
+
+
+def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: Assumptions) -> tuple[float, float]:
+    """(operations of one model-parallel group's rank 0s, seconds) of computing every prompt once."""
+    prompt = work.student
+    passes = -(-work.num_prompts // prompts_of_a_pass(work, prompt))
+    size = work.num_prompts / passes
+    packed = Packed(
+        max(1, round(size)),
+        round(size * prompt.num_tokens),
+        max(1, round(size)),
+        round(size * prompt.num_image_tokens),
+        round(size * prompt.num_patches),
+        0,
+    )
+    costs = [forward_cost(hf, model, stage, packed, sampling=True) for stage in model.stages]
+    total = passes * sum(cost.total for cost in costs)
+    return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], passes, 1)
+
+
+def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: Assumptions) -> tuple[float, float]:
+    """(operations, seconds) of decoding. What does not fit follows as responses end; the last go on to the longest.
+
+    Each token of a lane reads a stage's weights and the lane's keys and values once; launching the kernels of a layer
+    takes `decode_layer_seconds` whatever they compute.
+    """
+    lanes, e = work.lanes, element_bytes(model.megatron)
+    prompts = min(work.num_prompts / lanes.num_lanes, lanes.num_prompts)
+    rows = prompts * work.n
+    speed = gpu.bandwidth * assume.bandwidth_efficiency
+    positions = round(prompts * work.student.num_tokens + rows * work.longest_response / 2)
+    times, operations = [], 0.0
+    for stage in model.stages:
+        layers = sum(stage.chunk_layers)
+        weights = layers * stage.num_layer_weights + stage.num_head
+        cache = kv_cache_bytes(model.megatron, layers, positions)
+        work_seconds = max((e * weights + cache) / speed, 2 * rows * weights / (peak * assume.efficiency))
+        times.append(max(work_seconds, layers * assume.decode_layer_seconds))
+        operations += 2 * weights
+    # a token returns to the first stage when all lanes have passed the slowest, or one has passed them all
+    per_token = max(lanes.num_lanes * max(times), sum(times))
+    refills = work.num_prompts / (lanes.num_lanes * prompts) - 1
+    steps = work.longest_response + refills * work.response_tokens
+    return operations * work.num_sequences * work.response_tokens, steps * per_token
+
+
+def _update_seconds(config: Config, model: ModelCount, gpu: Gpu, assume: Assumptions) -> float:
+    """Gradients reduced, weights and the teacher's weights gathered, every state read and written once."""
+    e, size = element_bytes(model.megatron), model.data_parallel
+    own_teacher = config.distill.teacher.kind not in ("current", "fixed", "trust_region")
+    crossing = 4 + e + (e if own_teacher else 0)
+    fullest = max(stage.buffers.num_padded for stage in model.stages)
+    sent = crossing * fullest * (size - 1) / size
+    touched = fullest * 8 + fullest / size * 48
+    return sent / assume.network_bytes_per_second + touched / (gpu.bandwidth * assume.bandwidth_efficiency)

@@ -1,0 +1,144 @@
+"""One row of a source to one checked record, its images read and decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_vopd.data.records import box_in_pixels, check_answer, check_question, question_text, without_hint
+from nemo_vopd.tools.prepare.columns import LISTS, Columns
+from nemo_vopd.tools.prepare.rows import Row, Source, default_id, record_id
+from nemo_vopd.views import MAX_IMAGE_PIXELS, UnusableSample, check_box, check_image
+
+MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
+"""Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
+HINT = "Only focus on the objects inside the red bounding box in the image to answer this question."
+"""What questions written for images with a drawn box carry."""
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What decides how a row becomes a stored record, and on which side of the split it goes."""
+
+    columns: Columns = field(default_factory=Columns)
+    bbox_format: str = "xyxy"
+    """One of records.BOX_FORMATS."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    hint: str = "keep"
+    """keep | remove: `hint_text` in questions."""
+    hint_text: str = HINT
+    validation_fraction: float = 0.0
+    split_by: str = "id"
+    """id | image: what is hashed to choose the side."""
+
+
+@dataclass
+class Prepared:
+    """A checked record, ready to be written."""
+
+    id: str
+    question: str
+    image: bytes
+    crop: bytes | None
+    bbox: list[float] | None
+    """In pixels."""
+    answer: str | None
+    size: tuple[int, int]
+    """Width and height of the image."""
+    split: str
+    """train | validation"""
+    hinted: bool
+    """The question carried the hint."""
+
+    def relative_area(self) -> float | None:
+        """Area of the box inside the image, over that of the image."""
+        if self.bbox is None:
+            return None
+        x1, y1, x2, y2 = check_box(self.bbox, self.size)
+        return (x2 - x1) * (y2 - y1) / (self.size[0] * self.size[1])
+
+
+def read_record(row: Row, source: Source, options: RecordOptions, prefix: str = "") -> Prepared:
+    """The checked record of `row`; its id begins with `prefix`. Raises UnusableSample."""
+    values, columns = row.values, options.columns
+    if isinstance(values, UnusableSample):
+        raise values
+    question_column, question = columns.find("question", values)
+    question = check_question(question_text(question, question_column))
+    hinted = bool(options.hint_text) and options.hint_text in question
+    if hinted and options.hint == "remove":
+        question = check_question(without_hint(question, options.hint_text))
+    sample_id = record_id(values, columns, default_id(source.stem, row.number))
+    answer = check_answer(columns.find("answer", values)[1])
+    image_column, value = columns.find("image", values)
+    if value is None and image_column not in LISTS:
+        raise UnusableSample("missing_image", "no image is named")
+    image = _image(value, image_column, source, "missing_image")
+    crop_column, value = columns.find("crop_image", values)
+    crop = None if value is None else _image(value, crop_column, source, "missing_crop")
+    bbox = columns.find("bbox", values)[1]
+    if bbox is None and crop is None:
+        raise UnusableSample("missing_crop", "neither bbox nor crop image")
+    # decoded in full: a truncated file is found now, not in the middle of a run
+    size = check_image(image, options.max_image_pixels)
+    if bbox is not None:
+        bbox = box_in_pixels(bbox, options.bbox_format, size)
+    if crop is not None:
+        check_image(crop, options.max_image_pixels)
+    has_id = bool(columns.find("id", values)[0])
+    # a default id counts records, and would move those behind a new one to the other side
+    key = sample_id.encode() if options.split_by == "id" and has_id else image
+    split = side(key, options.validation_fraction)
+    return Prepared(prefix + sample_id, question, image, crop, bbox, answer, size, split, hinted)  # type: ignore[arg-type]
+
+
+def side(key: bytes, validation_fraction: float) -> str:
+    """train | validation, by a hash of `key` alone: what other records there are changes nothing."""
+    place = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+    return "validation" if place < validation_fraction else "train"
+
+
+def _image(value: object, column: str, source: Source, missing: str) -> bytes:
+    """The bytes of an image: given by path, by {"path": ...}, in tables also by {"bytes": ...} or as themselves."""
+    listed = column in LISTS
+    if listed or (source.tabular and isinstance(value, list)):
+        value, struct = _only(value, missing), True
+    else:
+        struct = source.tabular
+    if struct and isinstance(value, dict):
+        content = value.get("bytes")
+        value = content if isinstance(content, bytes) else value.get("path", value.get("image"))
+    if value is None and (struct or listed):
+        raise UnusableSample(missing, "an image without a path")
+    if isinstance(value, bytes):
+        if len(value) > MAX_IMAGE_BYTES:
+            raise UnusableSample("image_too_large", f"{len(value)} bytes, more than {MAX_IMAGE_BYTES}")
+        return value
+    return _read_file(source.root, value, missing)
+
+
+def _only(images: object, missing: str) -> object:
+    if not isinstance(images, list):
+        raise UnusableSample("malformed_record", "images must be a list")
+    if len(images) != 1:
+        raise UnusableSample(missing if not images else "malformed_record", f"{len(images)} images in place of one")
+    return images[0]
+
+
+def _read_file(root: Path, name: object, missing: str) -> bytes:
+    """Bytes of the file `name` under `root`; links are followed before the check, so none leads outside."""
+    if not isinstance(name, str) or not name:
+        raise UnusableSample("malformed_record", "an image path is not a text")
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise UnusableSample("path_outside_folder", name)
+        if not path.is_file():  # opening a FIFO would wait for ever
+            raise UnusableSample(missing, f"{name}: not a file")
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise UnusableSample("image_too_large", f"{name}: {size} bytes, more than {MAX_IMAGE_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnusableSample(missing, f"{name}: {type(error).__name__}") from None

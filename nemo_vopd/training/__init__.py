@@ -1,0 +1,1 @@
+"""A run around the step: checkpoints, stopping, metrics."""

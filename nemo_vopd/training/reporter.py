@@ -1,0 +1,149 @@
+"""What a step reports: sums over all ranks, once; metrics.jsonl, evaluations.jsonl, dropped.jsonl on rank 0."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from nemo.utils import logging
+from torch import Tensor
+
+from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.tools.evaluation.gap import Gap
+from nemo_vopd.tools.report.examples import keep_replies
+from nemo_vopd.training.metrics import MetricsFile, distinct_2
+from nemo_vopd.views import DROP_REASONS
+
+_NUM_SUMS = 10
+"""Loss, tokens, the six fields of TokenStats, two sums of `mismatch`; its third number is a maximum."""
+_TOO_FEW = 2
+"""Unusable records that are never a reason to stop: a share of a handful says nothing."""
+
+
+class Reporter:
+    """Reduces the statistics of a step over ranks and keeps count of unusable records since the run began."""
+
+    def __init__(self, folder: Path, groups: ProcessGroupCollection, max_dropped_fraction: float) -> None:
+        """Files go to `folder`; see `data.max_dropped_fraction`."""
+        self.folder, self.groups, self.max_dropped_fraction = folder, groups, max_dropped_fraction
+        self.num_records = 0
+        self.dropped: Counter[str] = Counter()
+        self._files: dict[str, MetricsFile] = {}
+
+    def open(self, first_step: int) -> None:
+        """Open the files on rank 0; lines from `first_step` on are those of an interrupted run and are taken out."""
+        if parallel.is_rank_zero():
+            for name in ("metrics", "dropped"):
+                self._files[name] = MetricsFile(self.folder / f"{name}.jsonl", first_step)
+            # accuracy after a step is measured before that step's checkpoint is written
+            self._files["evaluations"] = MetricsFile(self.folder / "evaluations.jsonl", first_step + (first_step > 0))
+
+    def write(self, name: str, values: dict) -> None:
+        """Append one line to `<name>.jsonl` (rank 0)."""
+        if name in self._files:
+            self._files[name].write(values)
+
+    def write_accuracies(self, step: int, gap: Gap) -> dict[str, float]:
+        """Append both accuracies to evaluations.jsonl (rank 0) and return them.
+
+        What the model said before the first step is kept, for the examples of the finished run's report.
+        """
+        accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
+        self.write("evaluations", {"step": step, **accuracies})
+        if step == 0 and parallel.is_rank_zero():
+            keep_replies(self.folder, gap.replies)
+        return accuracies
+
+    def reduce(
+        self, statistics: list[Tensor], rollouts: list[Rollout], batch: PromptBatch, dropped_responses: list[Rollout]
+    ) -> dict:
+        """Sum statistics and counts of this step over all ranks and turn them into means over tokens.
+
+        `rollouts` are those that were scored, `dropped_responses` those that could not be.
+        """
+        reasons = Counter(sample.reason for sample in batch.dropped)
+        counts = [
+            len(rollouts),
+            len(dropped_responses),
+            len(batch.samples) + len(batch.dropped),
+            *distinct_2(rollouts),
+            *(reasons[reason] for reason in DROP_REASONS),
+        ]
+        sums = torch.zeros(_NUM_SUMS + len(counts), dtype=torch.float64, device=cpu.device())
+        largest = torch.zeros((), dtype=torch.float64, device=cpu.device())
+        if parallel.is_last_stage(self.groups):  # the other stages have no statistics and would count twice
+            microbatches = torch.stack(statistics).double()
+            sums[:_NUM_SUMS] = microbatches[:, :_NUM_SUMS].sum(0)
+            sums[_NUM_SUMS:] = torch.tensor(counts)
+            largest = microbatches[:, _NUM_SUMS].max()
+        for group in (self.groups.dp_cp, self.groups.pp):
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        loss, tokens, divergence, _, importance, entropy, student_mass, teacher_mass, apart, far, *total = sums.tolist()
+        num_responses, num_dropped_responses, num_records, distinct, num_bigram_responses, *by_reason = total
+        dropped = {reason: int(num) for reason, num in zip(DROP_REASONS, by_reason, strict=True) if num}
+        self.num_records += int(num_records)
+        self.dropped.update(dropped)
+        num = max(tokens, 1.0)
+        return {
+            "loss": loss / num,
+            "num_response_tokens": int(tokens),
+            "num_responses": int(num_responses),
+            "num_dropped_samples": sum(dropped.values()),
+            "num_dropped_responses": int(num_dropped_responses),
+            "dropped_by_reason": dropped,
+            "mean_response_length": tokens / max(num_responses, 1.0),
+            "distinct_2": distinct / max(num_bigram_responses, 1.0),
+            "divergence": divergence / num,
+            "teacher_topk_mass": teacher_mass / num,
+            "student_topk_mass": student_mass / num,
+            "importance_weight_mean": importance / num,
+            "mismatch_mean": apart / num,
+            "mismatch_max": largest.item(),
+            "mismatch_share": far / num,
+            "entropy": entropy / num,
+        }
+
+    def tell_dropped(self, step: int, metrics: dict, batch: PromptBatch, dropped_responses: list[Rollout]) -> None:
+        """Write what was dropped to dropped.jsonl and say once for each reason that, and which.
+
+        Raises OptionError on every rank when too large a share of the records so far could not be used.
+        """
+        if not metrics["num_dropped_samples"] and not metrics["num_dropped_responses"]:
+            return
+        mine = [*batch.dropped]
+        mine += [
+            DroppedSample(r.sample.id, "vision_token_in_response", f"response {r.index}") for r in dropped_responses
+        ]
+        dp = self.groups.dp_cp
+        gathered: list = [None] * dp.size()
+        dist.all_gather_object(gathered, mine, group=dp)
+        for sample in (sample for part in gathered for sample in part):
+            line = {"step": step, "id": sample.id, "reason": sample.reason, "detail": sample.detail}
+            self.write("dropped", line)
+        for reason in metrics["dropped_by_reason"]:
+            if self.dropped[reason] == metrics["dropped_by_reason"][reason]:  # met for the first time
+                first = next(sample for part in gathered for sample in part if sample.reason == reason)
+                logging.warning("dropped sample %s: %s (%s)", first.id, first.reason, first.detail)
+        num, limit = sum(self.dropped.values()), self.max_dropped_fraction
+        if num > limit * self.num_records and (num > _TOO_FEW or limit == 0):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.most_common())
+            raise OptionError(
+                "data.max_dropped_fraction",
+                limit,
+                f"was exceeded: {num} of {self.num_records} records could not be used ({reasons})",
+                f"mend the records that {self.folder / 'dropped.jsonl'} names and start anew, or raise the limit",
+            )
+
+    def state(self) -> dict:
+        """Counters that survive a restart."""
+        return {"num_records": self.num_records, "dropped": dict(self.dropped)}
+
+    def restore(self, state: dict) -> None:
+        """Count on from `state`."""
+        self.num_records, self.dropped = state["num_records"], Counter(state["dropped"])

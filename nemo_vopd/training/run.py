@@ -1,0 +1,136 @@
+"""A run: process groups, Lightning's trainer, NeMo's experiment manager, the model, fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer, seed_everything
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
+
+from nemo_vopd.cli import quiet_announcements
+from nemo_vopd.config import Config
+from nemo_vopd.data.dataset import require_dataset
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
+from nemo_vopd.mcore.strategy import MegatronStrategy
+from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.tools.report.examples import forget_examples, write_run_examples
+from nemo_vopd.training.checkpoint import Checkpointer, SaveLostStep
+from nemo_vopd.training.environment import describe, write_facts
+from nemo_vopd.training.metrics import ProgressBar
+from nemo_vopd.training.signals import StopSignals
+from nemo_vopd.training.stopping import RunControl
+from nemo_vopd.vlm.build import check_model
+
+
+def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
+    """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`.
+
+    `signals` may listen already: one that came while the program was loading ends the run before its first step.
+    """
+    check_model(config)
+    require_dataset(config.data.path)
+    if config.evaluation.path is not None:
+        require_dataset(config.evaluation.path, "evaluation.path")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
+    _make_folder(config)
+    groups = parallel.initialize(config.parallel, seed=config.seed)
+    if parallel.is_rank_zero():
+        folder = Checkpointer(config).folder
+        folder.repair()
+        if not config.exp_manager["resume_if_exists"] and (aside := folder.set_aside()):
+            print(f"the checkpoints of an earlier run are in {aside} now", flush=True)
+    dist.barrier()
+    seed_everything(config.seed, verbose=False)
+    trainer = build_trainer(config)
+    start_experiment(trainer, config)
+    RunControl(config).write_status("running", 0, None)  # what an earlier run left must not be taken for this one
+    if parallel.is_rank_zero():
+        write_facts(config, dist.get_world_size())
+        print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
+    # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
+    last, trainer.ckpt_path = trainer.ckpt_path, None
+    model = VisionOPDModel(config, groups, trainer)
+    model.control.signals = signals or model.control.signals
+    with model.control.signals:
+        step = 0 if last is None else model.checkpointer.restore(model, Path(last))
+        if parallel.is_rank_zero() and not step:
+            forget_examples(Path(config.exp_manager["exp_dir"]))
+        if parallel.is_rank_zero() and step:
+            print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
+        if reason := model.control.stop_reason(step):
+            model.control.write_status(reason, step, model.checkpointer.last)
+        else:
+            trainer.fit(model)
+            write_run_examples(model)
+    _tell_end(model)
+    return model
+
+
+def _make_folder(config: Config) -> None:
+    """Raise OptionError now, not after the model was read, when the run's folder cannot be written."""
+    folder = Path(config.exp_manager["exp_dir"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("exp_manager.exp_dir", folder, f"cannot be made ({error.strerror})", "name another") from None
+
+
+def _tell_end(model: VisionOPDModel) -> None:
+    status = json.loads(model.control.status_file.read_text()) if parallel.is_rank_zero() else None
+    if status is None:
+        return
+    last = status["checkpoint"]
+    current = last is not None and last.endswith(f"step-{status['step']:08d}")
+    saved = f"; saved as {last}" if current else f"; its last checkpoint is {last}" if last else "; nothing was saved"
+    again = "" if status["finished"] else "; the same command resumes it"
+    print(f"ended after step {status['step']} of {status['max_steps']}: {status['reason']}{saved}{again}", flush=True)
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Lightning's trainer over the existing process group."""
+    world, nodes = dist.get_world_size(), config.num_nodes
+    if world % nodes:
+        rule = f"must divide the number of processes, {world}"
+        raise OptionError("num_nodes", nodes, rule, "set it to the number of nodes of the job")
+    callbacks = [SaveLostStep(), *([ProgressBar()] if config.trainer.enable_progress_bar else [])]
+    return Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=world // nodes,
+        num_nodes=nodes,
+        strategy=MegatronStrategy(world // nodes),
+        max_steps=config.trainer.max_steps,
+        limit_train_batches=config.trainer.max_steps,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        enable_progress_bar=config.trainer.enable_progress_bar,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        logger=False,
+        callbacks=callbacks,  # type: ignore[arg-type]
+    )
+
+
+def start_experiment(trainer: Trainer, config: Config) -> None:
+    """Hand logging over to NeMo's exp_manager, in `exp_dir`/logs: it moves the files it finds in its folder away."""
+    options = copy.deepcopy(config.exp_manager)
+    folder = Path(options.pop("exp_dir"))
+    options["explicit_log_dir"] = str(folder / "logs")
+    options["checkpoint_callback_params"] = {"dirpath": str(folder / "checkpoints")}  # where exp_manager looks
+    level = nemo_logging.getEffectiveLevel()
+    nemo_logging.setLevel(nemo_logging.ERROR)  # exp_manager prints its whole schema
+    exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
+    nemo_logging.setLevel(level)
+    # exp_manager routes Megatron's INFO records, hundreds of parameter names, to the console
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("megatron."):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_announcements()

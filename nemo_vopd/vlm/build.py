@@ -1,0 +1,113 @@
+"""Builds this rank's stage of a vision-language model from its `config.json`, and fills in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import AutoConfig
+
+from nemo_vopd.config import Config, FreezeConfig
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import cpu, fp8, parallel
+from nemo_vopd.mcore.layers import recompute_options
+from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
+from nemo_vopd.vlm.layout import ModelShape, check_layout
+from nemo_vopd.vlm.weights.reading import is_frozen, load_hf
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+"""`model_type` of config.json -> module with `Model`, `model_shape` and `transformer_config`."""
+
+
+def shape_of(config: Config) -> ModelShape:
+    """Sizes of the model in `config.model.hf_path`. Raises OptionError when it is no model we know."""
+    hf = hf_config(config)
+    return _FAMILIES[hf.model_type].model_shape(hf)
+
+
+def check_model(config: Config) -> None:
+    """Raise OptionError when `config.model.hf_path` is no model we know or the layout cannot divide it."""
+    check_layout(shape_of(config), config.parallel)
+
+
+def hf_config(config: Config) -> Any:
+    """The Hugging Face configuration of `config.model.hf_path`. Raises OptionError when it is no model we know."""
+    path = Path(config.model.hf_path)
+    if not (path / "config.json").is_file():
+        remedy = "give the directory of a Hugging Face vision-language model"
+        raise OptionError("model.hf_path", path, "has no config.json", remedy)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        rule = f"has a config.json that cannot be read ({str(error).splitlines()[0]})"
+        raise OptionError("model.hf_path", path, rule, "copy the model again") from None
+    if hf.model_type not in _FAMILIES:
+        remedy = f"give a model of type {' or '.join(_FAMILIES)}"
+        raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", remedy)
+    return hf
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """Of weights and activations; the model's directory is read only if `precision.dtype` leaves it open."""
+    return dtype_of(hf_config(config) if config.precision.dtype == "auto" else None, config)
+
+
+def dtype_of(hf: Any, config: Config) -> torch.dtype:
+    """Of weights and activations: `precision.dtype`; auto is float32 for a float32 directory, bfloat16 for others."""
+    if config.precision.dtype == "auto":
+        return torch.float32 if hf.dtype == torch.float32 else torch.bfloat16
+    return DTYPES[config.precision.dtype]
+
+
+def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection, *, initialize: bool = False) -> Stage:
+    """This rank's stage of a model with the Hugging Face configuration `hf`, its weights random or not filled in."""
+    family = _FAMILIES[hf.model_type]
+    options = {**fp8.megatron_options(config.precision.fp8), **recompute_options(config.trainer.recompute)}
+    options["perform_initialization"] = initialize
+    megatron = family.transformer_config(hf, config.parallel, dtype_of(hf, config), **options)
+    fp8.check_sizes(config.precision.fp8, megatron)
+    num_chunks = config.parallel.virtual_pipeline
+    return Stage(
+        [
+            family.Model(
+                hf,
+                megatron,
+                groups,
+                layer_spec=config.model.layer_spec,
+                recompute_vision=config.trainer.recompute_vision,
+                pre_process=parallel.is_first_stage(groups) and index == 0,
+                post_process=parallel.is_last_stage(groups) and index == num_chunks - 1,
+                vp_stage=index if num_chunks > 1 else None,
+            )
+            for index in range(num_chunks)
+        ]
+    )
+
+
+def freeze(stage: Stage, options: FreezeConfig) -> None:
+    """Take the gradient off the parts that `model.freeze` names. Raises OptionError when a stage has none left."""
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(not is_frozen(stage.weight_rule(name).names[0], options))
+    if not any(parameter.requires_grad for parameter in stage.parameters()):
+        rule = "leaves nothing to train on a pipeline stage"
+        remedy = "train more parts, or hold the whole model on one stage with parallel.pipeline=1"
+        raise OptionError("model.freeze.language", options.language, rule, remedy)
+
+
+def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
+    """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
+    fp8.check_machine(config)
+    stage = build_stage(hf_config(config), config, groups)
+    load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
+    return stage.to(cpu.device())
+
+
+def build_twin(stage: Stage, config: Config, groups: ProcessGroupCollection) -> Stage:
+    """A second stage like `stage`, from no file, its weights not filled in, on this rank's device."""
+    with torch.device(cpu.device()):
+        twin = build_stage(stage.chunks[0].hf, config, groups)
+    return twin.to(cpu.device())

@@ -1,0 +1,101 @@
+"""The gap: which view is which, what is right, and every sample counted once over data-parallel ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nemo_vopd.data.encoder import iterate_samples
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
+from nemo_vopd.tools.evaluation import gap as module
+from nemo_vopd.tools.evaluation.gap import measure_gap
+from nemo_vopd.tools.evaluation.scoring import exact_match, grade
+from tests.distributed import run_distributed
+from tests.helpers import tiny_config
+
+NUM = 7
+
+
+def oracle_gap(config, max_bytes):
+    """A decoder that reads every crop, and of the full images those of the first three samples only."""
+    groups = parallel.initialize(config.parallel, seed=1)
+    processor = Processor.from_pretrained(config.model.hf_path)
+    samples = list(iterate_samples(config.data.path, config.data, "crop", processor, NUM))
+    by_id = {sample.id: (place, sample) for place, sample in enumerate(samples)}
+    crop_tokens = samples[0].teacher.num_tokens
+    batches = []
+
+    def decoder(views, ids, params):
+        assert params.temperature == 0 and params.n == 1
+        batches.append(len(views))
+        replies = []
+        for view, name in zip(views, ids, strict=True):
+            place, sample = by_id[name]
+            right = view.num_tokens == crop_tokens or place < 3
+            tokens = torch.tensor(processor.encode_answer(sample.answer if right else "what"))
+            replies.append([(tokens, torch.zeros(len(tokens)))])
+        return replies
+
+    module._MAX_BYTES = max_bytes
+    gap = measure_gap(decoder, processor, config.data.path, config.data, groups, max_response_length=4, limit=NUM)
+    return gap, gap.gap, [sample.id for sample in samples], batches
+
+
+@pytest.mark.parametrize("world_size,max_bytes", [(1, 1 << 30), (1, 1), (2, 1 << 30)])
+def test_full_and_crop_accuracy_over_all_ranks(world_size, max_bytes, assets, tmp_path):
+    config = tiny_config(assets, tmp_path)
+    for gap, difference, asked, batches in run_distributed(oracle_gap, world_size, config, max_bytes):
+        assert [reply.id for reply in gap.replies] == asked and len(asked) == NUM
+        assert gap.crop_accuracy == 1 and gap.full_accuracy == pytest.approx(3 / NUM)
+        assert difference == pytest.approx(1 - 3 / NUM)
+        assert [r.full_correct for r in gap.replies] == [place < 3 for place in range(NUM)]
+        assert all(r.crop_correct for r in gap.replies)
+        # no more images in memory than asked for
+        assert batches == ([1] * 2 * NUM if max_bytes == 1 else [len(batches) and batches[0]] * 2)
+
+
+def unanswered(config, path):
+    groups = parallel.initialize(config.parallel, seed=1)
+    processor = Processor.from_pretrained(config.model.hf_path)
+    tokens = torch.tensor(processor.encode_answer("what"))
+    try:
+        measure_gap(
+            lambda views, ids, params: [[(tokens, torch.zeros(len(tokens)))] for _ in views],
+            processor,
+            str(path),
+            config.data,
+            groups,
+            max_response_length=4,
+            option="evaluation.path",
+        )
+    except OptionError as error:
+        return str(error)
+
+
+def test_a_sample_without_an_answer_is_told_on_every_rank(assets, tmp_path):
+    from nemo_vopd.tools.prepare.prepare import prepare
+    from nemo_vopd.tools.prepare.synthetic import write_digits
+
+    write_digits(tmp_path / "raw", num_samples=4, seed=1)
+    lines = (tmp_path / "raw" / "data.jsonl").read_text().splitlines()
+    lines[3] = lines[3].replace('"answer"', '"reply"')
+    (tmp_path / "raw" / "data.jsonl").write_text("\n".join(lines) + "\n")
+    prepare(tmp_path / "raw" / "data.jsonl", tmp_path / "data", workers=1, progress=False)
+    config = tiny_config(assets, tmp_path)
+    told = run_distributed(unanswered, 2, config, tmp_path / "data")
+    assert told[0] == told[1] and "evaluation.path=" in told[0] and "no answer to compare with in sample" in told[0]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_length=1))
+    assert "holds no usable sample" in run_distributed(unanswered, 1, config, tmp_path / "data")[0]
+
+
+@pytest.mark.parametrize(
+    "reply,answer,right",
+    [("Red", "red.", True), (" a  7 ", "a 7", True), ("17", "7", False), ("", "7", False), ("7 or 8", "7", False)],
+)
+def test_exact_match(reply, answer, right):
+    assert exact_match(reply, answer) is right
+    assert bool(grade(reply, answer, "text", {})) is right
