@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from nemo_vopd.batch import Rollout, View
 from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.distill.importance import importance_weights
-from nemo_vopd.vlm.weights.reading import canonical
+from nemo_vopd.vlm.weights.names import canonical
 
 
 @dataclass

@@ -10,7 +10,8 @@ import torch
 
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import RunError
-from nemo_vopd.vlm.weights.reading import HFReader, iterate_hf
+from nemo_vopd.vlm.weights.export import iterate_hf
+from nemo_vopd.vlm.weights.reading import HFReader
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, run_reference
@@ -230,7 +231,7 @@ def train_and_count(config):
     from nemo_vopd.training.run import train
 
     model = train(config)
-    weights = [dict(iterate_hf(m, m.weight_rule, model.groups)) for m in (model.student, model.teacher_model)]
+    weights = [dict(iterate_hf(m, model.groups)) for m in (model.student, model.teacher_model)]
     gradients = sum(buffer.grad_data.numel() for chunk in model.student_ddp for buffer in chunk.buffers)
     state = {kind: sum(t.numel() for t, _ in shards.values()) for kind, shards in model.sharded_state().items()}
     shared = {p.data_ptr() for p in model.student.parameters()} & {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nemo_vopd.config import Config
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.weights.reading import iterate_hf
+from nemo_vopd.vlm.weights.export import iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.reference import ReferenceOptions, ReferenceResult, run_reference
@@ -55,8 +55,8 @@ def train_and_collect(config: Config):
 
     model = train(config)
     student, groups = model.student, model.groups
-    weights = dict(iterate_hf(student, student.weight_rule, groups))
-    teacher = dict(iterate_hf(model.teacher_model, student.weight_rule, groups))
+    weights = dict(iterate_hf(student, groups))
+    teacher = dict(iterate_hf(model.teacher_model, groups))
     return weights, teacher
 
 
@@ -205,7 +205,7 @@ def train_with_noise(config: Config):
         trained = train(config)
     student, groups, dp_rank = trained.student, trained.groups, trained.groups.dp_cp.rank()
     models = {"student": student, "teacher": trained.teacher_model}
-    tensors = {(which, n): t for which, m in models.items() for n, t in iterate_hf(m, student.weight_rule, groups)}
+    tensors = {(which, n): t for which, m in models.items() for n, t in iterate_hf(m, groups)}
     for kind, shards in trained.sharded_state().items():
         copies = {n: flat for n, (flat, _) in shards.items() if student.weight_rule(n).split == "replicated"}
         tensors |= {(f"{kind} of data-parallel rank {dp_rank}", n): flat.clone() for n, flat in copies.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,8 +12,21 @@ from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch
 
-if TYPE_CHECKING:  # vlm is built on this folder
-    from nemo_vopd.vlm.weights.reading import WeightRule
+Split = Literal["replicated", "rows", "columns", "gated", "qkv"]
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How one Megatron parameter is made of Hugging Face tensors under tensor parallelism."""
+
+    names: tuple[str, ...]
+    """Canonical Hugging Face names: one, or gate and up, or query, key and value."""
+    split: Split
+    """rows and columns divide dimension 0 and 1; gated stacks two row-split tensors; qkv interleaves by group."""
+    num_rows: int | None = None
+    """Rows of the whole tensor where the shards have more together (a vocabulary that does not divide)."""
+    export: bool = True
+    """False for a second copy of a tensor that another stage writes."""
 
 
 class Stage(torch.nn.Module):

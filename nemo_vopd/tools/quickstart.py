@@ -20,7 +20,7 @@ from nemo_vopd.tools.report.run_files import read_run
 from nemo_vopd.tools.warmup import warm_up
 from nemo_vopd.training.run import train
 from nemo_vopd.vlm.build import build_vlm
-from nemo_vopd.vlm.weights.reading import save_hf
+from nemo_vopd.vlm.weights.export import save_hf
 
 NUM_TRACES = 4
 
@@ -43,7 +43,7 @@ def warm_up_base(config, groups: ProcessGroupCollection, root: Path) -> None:
     warmup = config.warmup
     log = root / "warmup.jsonl"
     model = warm_up(run, groups, log, steps=warmup.steps, full_fraction=warmup.full_fraction, options=warmup.optimizer)
-    save_hf(model, model.weight_rule, groups, root / "init", root / "base")
+    save_hf(model, groups, root / "init", root / "base")
 
 
 def measure(config: Config, groups: ProcessGroupCollection, hf_path: Path, data_path: Path) -> Gap:
@@ -57,7 +57,7 @@ def distill(config: Config, root: Path) -> VisionOPDModel:
     folder = {**config.exp_manager, "exp_dir": str(root / "train")}
     run = dataclasses.replace(config, exp_manager=folder, evaluation=evaluation)
     model = train(run)
-    save_hf(model.student, model.student.weight_rule, model.groups, root / "base", root / "student")
+    save_hf(model.student, model.groups, root / "base", root / "student")
     return model
 
 

@@ -16,7 +16,8 @@ from nemo_vopd.mcore.layers import recompute_options
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
 from nemo_vopd.vlm.layout import ModelShape, check_layout
-from nemo_vopd.vlm.weights.reading import is_frozen, load_hf
+from nemo_vopd.vlm.weights.names import is_frozen
+from nemo_vopd.vlm.weights.reading import load_hf
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
@@ -102,7 +103,7 @@ def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
     fp8.check_machine(config)
     stage = build_stage(hf_config(config), config, groups)
-    load_hf(stage, stage.weight_rule, config.model.hf_path, groups)
+    load_hf(stage, config.model.hf_path, groups)
     return stage.to(cpu.device())
 
 

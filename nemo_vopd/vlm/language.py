@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore.stage import Split
 from nemo_vopd.vlm.layout import ModelShape, megatron_layout
-from nemo_vopd.vlm.weights.reading import Split
 
 _QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
 LAYER_RULES: dict[str, tuple[tuple[str, ...], Split]] = {

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nemo_vopd.batch import MicroBatch, Packing
 from nemo_vopd.mcore.layers import add_to_main_grad, block_spec
+from nemo_vopd.mcore.stage import WeightRule
 from nemo_vopd.vlm.language import LAYER_RULES
 from nemo_vopd.vlm.layout import padded_vocab_size
-from nemo_vopd.vlm.weights.reading import WeightRule
 
 
 class LanguageModel(GPTModel):

@@ -15,7 +15,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.convert import export_checkpoint, import_model
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.weights.reading import HFReader, canonical, iterate_hf
+from nemo_vopd.vlm.weights.export import iterate_hf
+from nemo_vopd.vlm.weights.names import canonical
+from nemo_vopd.vlm.weights.reading import HFReader
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
 
@@ -42,7 +44,7 @@ def train_and_collect(config):
 
     model = train(config)
     return [
-        {name: tensor.clone() for name, tensor in iterate_hf(module, module.weight_rule, model.groups)}
+        {name: tensor.clone() for name, tensor in iterate_hf(module, model.groups)}
         for module in (model.student, model.teacher_model)
     ]
 

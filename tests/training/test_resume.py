@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.weights.reading import iterate_hf
+from nemo_vopd.vlm.weights.export import iterate_hf
 from tests.distributed import run_distributed
 from tests.helpers import read_lines, tiny_config
 
@@ -34,7 +34,7 @@ def train_until(config, stop_after: int | None):
     model = train(config)
     shards = {kind: {n: flat.clone() for n, (flat, _) in s.items()} for kind, s in model.sharded_state().items()}
     weights = [
-        {name: tensor.clone() for name, tensor in iterate_hf(module, module.weight_rule, model.groups)}
+        {name: tensor.clone() for name, tensor in iterate_hf(module, model.groups)}
         for module in (model.student, model.teacher_model)
     ]
     return shards, weights

@@ -28,7 +28,8 @@ from nemo_vopd.rollout.vllm.engine import PatchImages, log_probs_mode, one_token
 from nemo_vopd.rollout.vllm.server import Client, start_server
 from nemo_vopd.rollout.vllm.weight_sync import NCCLSync, to_first_rank, together
 from nemo_vopd.vlm.build import build_vlm
-from nemo_vopd.vlm.weights.reading import HFReader, iterate_hf
+from nemo_vopd.vlm.weights.export import iterate_hf
+from nemo_vopd.vlm.weights.reading import HFReader
 from tests.distributed import run_distributed, start_distributed
 from tests.helpers import tiny_config
 
@@ -219,7 +220,7 @@ def gathered(config):
     """What the first rank of the run gets, and what is in the files."""
     groups = parallel.initialize(config.parallel, seed=1)
     stage = build_vlm(config, groups)
-    tensors = list(to_first_rank(lambda: iterate_hf(stage, stage.weight_rule, groups), groups))
+    tensors = list(to_first_rank(lambda: iterate_hf(stage, groups), groups))
     reader = HFReader(config.model.hf_path)
     assert all(torch.equal(tensor, reader.read(name)) for name, tensor in tensors)
     return sorted(name for name, _ in tensors), sorted(reader.original_name)

@@ -27,7 +27,7 @@ from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.vllm.engine import VLLMEngine
 from nemo_vopd.rollout.vllm.weight_sync import FolderSync
 from nemo_vopd.vlm.build import build_vlm
-from nemo_vopd.vlm.weights.reading import save_hf
+from nemo_vopd.vlm.weights.export import save_hf
 from tests.distributed import run_distributed
 from tests.reference import response_logits
 from tests.vllm.conftest import params_of

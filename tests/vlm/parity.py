@@ -14,12 +14,14 @@ from megatron.core.tensor_parallel import (
 )
 from transformers import AutoModelForImageTextToText
 
-from nemo_vopd import vlm
 from nemo_vopd.batch import Packing
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.mcore import parallel
-from nemo_vopd.vlm.weights import reading
-from nemo_vopd.vlm.weights.reading import canonical, iterate_hf, load_hf, save_hf
+from nemo_vopd.vlm.build import _FAMILIES
+from nemo_vopd.vlm.weights import export
+from nemo_vopd.vlm.weights.export import iterate_hf, save_hf
+from nemo_vopd.vlm.weights.names import canonical
+from nemo_vopd.vlm.weights.reading import load_hf
 from tests.distributed import run_distributed
 
 IMAGE = 120
@@ -68,7 +70,7 @@ def ours(folder: Path, config, positions, tensor: int = 1, sequence: bool = Fals
     layout = ParallelConfig(tensor=tensor, sequence=sequence)
     groups = parallel.initialize(layout, seed=1)
     model = build(config, groups, layout)
-    load_hf(model, model.weight_rule, folder, groups)
+    load_hf(model, folder, groups)
     token_ids, mask, grid_thw, pixel_values, weights = inputs(config)
     valid = mask.bool()  # ours are packed, with a sequence of padding to divide them under sequence parallelism
     packing = Packing.of([*mask.sum(dim=1).tolist(), 1])
@@ -87,12 +89,12 @@ def ours(folder: Path, config, positions, tensor: int = 1, sequence: bool = Fals
         if split_rows or "q_layernorm" in name or "k_layernorm" in name:
             torch.distributed.all_reduce(parameter.grad, group=groups.tp)
     named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return logits.detach(), dict(iterate_hf(model, model.weight_rule, groups, named))
+    return logits.detach(), dict(iterate_hf(model, groups, named))
 
 
 def build(config, groups, layout: ParallelConfig | None = None, dtype=torch.float32):
     """The model of `config` in one pipeline stage, its weights not filled in."""
-    family = vlm._FAMILIES[config.model_type]
+    family = _FAMILIES[config.model_type]
     return family.Model(config, family.transformer_config(config, layout or ParallelConfig(), dtype), groups)
 
 
@@ -116,9 +118,9 @@ def check_export(config, folder: Path, groups) -> None:
     """What is written after loading a random model is what was loaded, as transformers reads both."""
     reference(folder / "source", config)
     model = build(config, groups)
-    load_hf(model, model.weight_rule, folder / "source", groups)
-    with mock.patch.object(reading, "_FILE_BYTES", 2**18):
-        save_hf(model, model.weight_rule, groups, folder / "source", folder / "export")
+    load_hf(model, folder / "source", groups)
+    with mock.patch.object(export, "_FILE_BYTES", 2**18):
+        save_hf(model, groups, folder / "source", folder / "export")
     assert len(list((folder / "export").glob("*.safetensors"))) > 2
     original, exported = (
         AutoModelForImageTextToText.from_pretrained(folder / name).state_dict() for name in ("source", "export")

@@ -92,4 +92,4 @@ def test_a_missing_tensor_is_named(tmp_path, groups):
     save_file(tensors, tmp_path / "model.safetensors")
     model = build(config, groups)
     with pytest.raises(OptionError, match="lacks layers.1.mlp.up_proj.weight"):
-        load_hf(model, model.weight_rule, tmp_path, groups)
+        load_hf(model, tmp_path, groups)

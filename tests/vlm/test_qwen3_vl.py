@@ -51,7 +51,7 @@ def test_the_tower_in_bf16_is_the_hugging_face_one(tmp_path, groups):
     config = make_config()
     reference(tmp_path, config)
     model = build(config, groups, dtype=torch.bfloat16)
-    load_hf(model, model.weight_rule, tmp_path, groups)
+    load_hf(model, tmp_path, groups)
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).model.visual
     _, _, grid_thw, pixel_values, _ = inputs(config)
     expected = theirs(pixel_values.bfloat16(), grid_thw)

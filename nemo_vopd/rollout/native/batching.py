@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_vopd.batch import View
-from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.cache import KVCache
 from nemo_vopd.rollout.native.forward import Tokens
 from nemo_vopd.rollout.native.sampling import uniforms
-from nemo_vopd.rollout.native.stop import StopStrings
-
-if TYPE_CHECKING:
-    from nemo_vopd.rollout.native.engine import Decoder
+from nemo_vopd.rollout.native.stage import StagePass, TokenChoice
 
 PROMPT_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of prompts in one pass, by kind of device: enough to be busy, and what they pass through stays in the cache
@@ -77,23 +73,38 @@ class Counts:
     """In one step."""
 
 
-class Lane:
-    """A batch within a share of the token budget: one for each pipeline stage, so that none waits for the last."""
+@dataclass(frozen=True)
+class Limits:
+    """How much one batch may hold at a time."""
 
-    def __init__(self, decoder: Decoder, queue: deque[Request], params: SamplingParams, budget: int, most: int) -> None:
-        """Serves at most `most` requests at a time from `queue`, which all lanes share: the longest prompts first."""
-        self.decoder, self.queue, self.params, self.most = decoder, queue, params, most
+    num_positions: int
+    """Number of tokens in its cache, unless one prompt and its responses need more."""
+    num_requests: int
+    continuous: bool
+    """Whether new prompts take the places of ended responses, instead of waiting until the slowest has ended."""
+
+
+class DecodingBatch:
+    """Prompts and responses that are decoded together within one cache."""
+
+    def __init__(
+        self, stage: StagePass, choice: TokenChoice, queue: deque[Request], limits: Limits, counts: Counts
+    ) -> None:
+        """Serve requests from `queue`, which all batches share: those with the longest prompts come first."""
+        self.stage, self.choice, self.queue, self.limits, self.counts = stage, choice, queue, limits, counts
+        self.params = choice.params
         self.prompts: list[Request] = []
         self.rows: list[Row] = []
         self.feeding: list[Request] = []  # the prompts in the pass under way
-        self.stop, self.ends = StopStrings(params.stop, decoder.decode), frozenset(params.end_token_ids)
         self.drawn: Tensor | None = None
         self.handle: Any = None
         self.changed = False  # since the cache was told which rows there are
         self.uniform: Tensor | None = None  # [rows, max_response_length]
         longest = queue[0].view.num_tokens
         cost = self._cost(longest)
-        self.cache = KVCache(max(cost, min(budget, most * cost)), params.max_response_length)
+        self.cache = KVCache(
+            max(cost, min(limits.num_positions, limits.num_requests * cost)), self.params.max_response_length
+        )
         self.cache.lay_out(*self._layout(longest))
 
     def _cost(self, prompt: int) -> int:
@@ -102,10 +113,10 @@ class Lane:
     def _layout(self, width: int) -> tuple[int, int, int]:
         """How many slots, of `width` positions, and rows fit."""
         n, positions = self.params.n, self.cache.num_positions
-        slots = min(self.most, positions // self._cost(width))
-        if slots < self.most and n > 1:
+        slots = min(self.limits.num_requests, positions // self._cost(width))
+        if slots < self.limits.num_requests and n > 1:
             # A prompt stays until its last response has ended: with more slots, the rows of others are used again.
-            slots = max(slots, min(self.most, 2 * (positions // (width + self._cost(width)))))
+            slots = max(slots, min(self.limits.num_requests, 2 * (positions // (width + self._cost(width)))))
         return slots, width, min(slots * n, (positions - slots * width) // self.params.max_response_length)
 
     def take(self) -> bool:
@@ -138,7 +149,6 @@ class Lane:
         else:
             self.cache.fed()
             self.tokens = drawn[0, :, 0].long()
-        length = self.params.max_response_length
         # the only wait for the device at each token
         for row, token, log_prob in zip(rows, *drawn.reshape(2, -1).tolist(), strict=True):
             row.age += 1
@@ -146,7 +156,7 @@ class Lane:
                 continue
             row.tokens.append(int(token))
             row.log_probs.append(log_prob)
-            row.ended = len(row.tokens) == length or token in self.ends or self.stop(row.tokens)
+            row.ended = self.choice.ends(row.tokens)
             if row.ended:
                 row.request.answers[row.index] = torch.tensor(row.tokens), torch.tensor(row.log_probs)
 
@@ -155,7 +165,7 @@ class Lane:
         ended = [row for row in self.rows if row.ended]
         # a row without a place for the next token cannot wait
         full = any(row.age == self.params.max_response_length - 1 for row in ended)
-        share = _ENDED_SHARE if self.decoder.continuous else 1.0
+        share = _ENDED_SHARE if self.limits.continuous else 1.0
         if not ended or (len(ended) < share * len(self.rows) and not full):
             return
         rows = _fill_up([not row.ended for row in self.rows])
@@ -172,7 +182,7 @@ class Lane:
 
     def _admit(self) -> None:
         """Take requests from the queue, as many as fit and as one pass computes well."""
-        if not self.queue or (not self.decoder.continuous and any(row.age > 0 for row in self.rows)):
+        if not self.queue or (not self.limits.continuous and any(row.age > 0 for row in self.rows)):
             return
         width = max(request.view.num_tokens for request in (*self.prompts, self.queue[0]))
         layout = self._layout(width)
@@ -186,19 +196,19 @@ class Lane:
             num_tokens += self.queue[0].view.num_tokens
             if len(self.prompts) == self.cache.num_slots or num_rows > self.cache.num_rows:
                 break
-            if self.feeding and num_tokens > PROMPT_TOKENS[self.decoder.device.type]:
+            if self.feeding and num_tokens > PROMPT_TOKENS[self.stage.device.type]:
                 break
             self.feeding.append(self.queue.popleft())
             self.prompts.append(self.feeding[-1])
 
     def _feed_prompts(self) -> None:
-        views, device = [request.view for request in self.feeding], self.decoder.device
+        views, device = [request.view for request in self.feeding], self.stage.device
         lengths = [view.num_tokens for view in views]
         self.cache.feed_prompts(lengths, device)
-        self.decoder.counts.prompt_tokens += sum(lengths)
+        self.counts.prompt_tokens += sum(lengths)
         self.input = Tokens(
             torch.cat([view.token_ids for view in views]).to(device),
-            self.decoder.rotary(torch.cat([view.position_ids for view in views], dim=1).to(device)),
+            self.stage.rotary(torch.cat([view.position_ids for view in views], dim=1).to(device)),
             torch.cat([view.pixel_values for view in views]).to(device),
             torch.cat([view.grid_thw for view in views]),
         )
@@ -211,7 +221,7 @@ class Lane:
             self.uniform = new if self.uniform is None else torch.cat([self.uniform, new])
 
     def _feed_tokens(self) -> None:
-        rows, device = self.rows, self.decoder.device
+        rows, device = self.rows, self.stage.device
         if self.changed:
             lengths = [request.view.num_tokens for request in self.prompts]
             self.cache.arrange(lengths, [row.slot for row in rows], [row.age for row in rows], device)
@@ -220,21 +230,18 @@ class Lane:
             self.changed = False
         self.cache.feed_tokens()
         ages = self.cache.ages
-        self.input = Tokens(self.tokens, self.decoder.rotary.text(self.starts + ages))
+        self.input = Tokens(self.tokens, self.stage.rotary.text(self.starts + ages))
         self.draws = self.uniform.gather(1, ages[:, None] + 1) if self.uniform is not None else None
-        counts = self.decoder.counts
-        counts.steps += 1
-        counts.row_steps += len(rows)
-        counts.most_rows = max(counts.most_rows, len(rows))
-        counts.ended_row_steps += sum(row.ended for row in rows)
+        self.counts.steps += 1
+        self.counts.row_steps += len(rows)
+        self.counts.most_rows = max(self.counts.most_rows, len(rows))
+        self.counts.ended_row_steps += sum(row.ended for row in rows)
 
     def forward(self, index: int) -> None:
         """Run the input through chunk `index` of this stage; after the last one start drawing the next tokens."""
-        decoder = self.decoder
-        hidden = decoder.forward(index, self.input, self.cache, prompts=bool(self.feeding))
-        if index == len(decoder.chunks) - 1:
-            num = len(self.feeding) or len(self.rows)
-            self.drawn, self.handle = decoder.draw(hidden, num, self.draws, self.params)
+        hidden = self.stage.forward(index, self.input, self.cache, prompts=bool(self.feeding))
+        if index == len(self.stage.chunks) - 1:
+            self.drawn, self.handle = self.choice.draw(hidden, len(self.feeding) or len(self.rows), self.draws)
 
 
 def _fill_up(kept: list[bool]) -> list[int]:

@@ -8,18 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_vopd.batch import Rollout, Sample, View
-from nemo_vopd.distill.products import product
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.rollout.engine import SamplingParams
-from nemo_vopd.rollout.native.batching import Counts, Lane, Request
-from nemo_vopd.rollout.native.cache import KVCache
-from nemo_vopd.rollout.native.forward import ChunkPass, Rotary, Tokens
-from nemo_vopd.rollout.native.sampling import draw
+from nemo_vopd.rollout.native.batching import Counts, DecodingBatch, Limits, Request
+from nemo_vopd.rollout.native.stage import StagePass, TokenChoice
 
 
 class MegatronEngine:
@@ -72,14 +68,8 @@ class Decoder:
             continuous: the next prompts take the places of ended responses; else a batch is computed until the slowest
                 of its responses has ended, for comparison.
         """
-        self.model, self.groups = model, groups
-        self.max_batch_tokens, self.decode, self.continuous = max_batch_tokens, decode, continuous
-        self.device = next(model.parameters()).device
-        last, ends = groups.pp.rank() == groups.pp.size() - 1, len(model.chunks) - 1
-        self.chunks = [ChunkPass(c, groups, ends_model=last and i == ends) for i, c in enumerate(model.chunks)]
-        self.rotary = Rotary(model.chunks[0])
-        self.counts = Counts()
-        self._sent: list[tuple[Any, Tensor]] = []
+        self.stage, self.max_batch_tokens = StagePass(model, groups), max_batch_tokens
+        self.decode, self.continuous, self.counts = decode, continuous, Counts()
 
     @torch.no_grad()
     def __call__(self, views: list[View], keys: list[str], params: SamplingParams) -> list[list[tuple[Tensor, Tensor]]]:
@@ -89,72 +79,30 @@ class Decoder:
             return []
         # the longest first: where they find room, all that follow do
         queue = deque(sorted(requests, key=lambda request: -request.view.num_tokens))
-        self._forbidden = torch.tensor(params.forbidden_token_ids, dtype=torch.int64, device=self.device)
-        self.rotary.extend(max(int(view.position_ids.max()) for view in views) + 1 + params.max_response_length)
-        num_lanes = min(self.groups.pp.size(), len(requests))
-        budget, most = self.max_batch_tokens // self.groups.pp.size(), -(-len(requests) // num_lanes)
-        with _decoding(self.model):
-            self._advance([Lane(self, queue, params, budget, most) for _ in range(num_lanes)])
+        longest = max(int(view.position_ids.max()) for view in views) + 1 + params.max_response_length
+        self.stage.rotary.extend(longest)
+        # one batch for each pipeline stage, so that none waits for the last
+        num_batches = min(self.stage.groups.pp.size(), len(requests))
+        num_positions = self.max_batch_tokens // self.stage.groups.pp.size()
+        limits = Limits(num_positions, -(-len(requests) // num_batches), self.continuous)
+        choice = TokenChoice(self.stage, params, self.decode)
+        with _decoding(self.stage.model):
+            self._advance([DecodingBatch(self.stage, choice, queue, limits, self.counts) for _ in range(num_batches)])
         return [request.answers for request in requests]
 
-    def _advance(self, lanes: list[Lane]) -> None:
+    def _advance(self, batches: list[DecodingBatch]) -> None:
         """Decode until nothing is left. Every rank sees the same tokens, so all choose the same inputs in order."""
-        while lanes:
+        while batches:
             going = []
-            for index in range(len(self.chunks)):
-                for lane in lanes if index == 0 else going:
+            for index in range(len(self.stage.chunks)):
+                for batch in batches if index == 0 else going:
                     if index == 0:
-                        if not lane.take():
+                        if not batch.take():
                             continue
-                        going.append(lane)
-                    lane.forward(index)
-            self._wait_for_sends()
-            lanes = going
-
-    def forward(self, index: int, tokens: Tokens, cache: KVCache, *, prompts: bool) -> Tensor | None:
-        """Chunk `index` of this stage: hidden states [., H] to draw from after the model's last layer, else None."""
-        pp, config, received = self.groups.pp, self.model.config, None
-        if pp.rank() > 0 or index > 0:
-            shape = (tokens.token_ids.size(0), config.hidden_size)
-            received = torch.empty(shape, dtype=config.params_dtype, device=self.device)
-            dist.recv(received, group=pp, group_src=(pp.rank() - 1) % pp.size())
-        hidden = self.chunks[index](tokens, received, cache, prompts=prompts)
-        if self.chunks[index].ends_model:
-            return hidden
-        # not waited for: with chunks the stages form a ring, in which each could wait for the next to receive
-        handle = dist.isend(hidden, group=pp, group_dst=(pp.rank() + 1) % pp.size())
-        self._sent.append((handle, hidden))
-        return None
-
-    def _wait_for_sends(self) -> None:
-        for handle, _ in self._sent:
-            handle.wait()
-        self._sent.clear()
-
-    def draw(self, hidden: Tensor | None, rows: int, uniform: Tensor | None, params: SamplingParams):
-        """Start drawing tokens after each of `rows` hidden states [rows, H] (None before the last stage).
-
-        Their number n is that of `uniform` [rows, n], 1 without it (greedy). Returns ([2, rows, n] float64 with tokens
-        and log-probs, a handle to wait for or None).
-        """
-        tp, mp = self.groups.tp, self.groups.mp
-        shape = 2, rows, 1 if uniform is None else uniform.size(1)
-        packed = torch.empty(shape, dtype=torch.float64, device=self.device)
-        if hidden is not None:
-            logits = product(hidden, self.model.output_weight().t(), torch.float32)
-            if tp.size() > 1:
-                shards = [torch.empty_like(logits) for _ in range(tp.size())]
-                dist.all_gather(shards, logits, group=tp)
-                logits = torch.cat(shards, dim=-1)
-            logits = logits[:, : self.model.vocab_size]
-            # greedy log-probs are those at temperature 1
-            options = {"temperature": params.temperature or 1.0, "top_p": params.top_p, "forbidden": self._forbidden}
-            packed[0], packed[1] = draw(logits, uniform, **options)
-        if mp.size() == 1:
-            return packed, None
-        # One rank decides, so that round-off can never make two ranks continue with different tokens. In a group of
-        # its own, and not waited for: hidden states of other lanes pass between the stages meanwhile.
-        return packed, dist.broadcast(packed, group=mp, group_src=mp.size() - tp.size(), async_op=True)
+                        going.append(batch)
+                    batch.forward(index)
+            self.stage.wait_for_sends()
+            batches = going
 
 
 @contextlib.contextmanager

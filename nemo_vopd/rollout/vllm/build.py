@@ -18,7 +18,8 @@ from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.vllm.engine import VLLMEngine, server_arguments
 from nemo_vopd.rollout.vllm.server import start_server
 from nemo_vopd.rollout.vllm.weight_sync import FolderSync, NCCLSync, together
-from nemo_vopd.vlm.weights.reading import HFReader, iterate_hf, save_hf
+from nemo_vopd.vlm.weights.export import iterate_hf, save_hf
+from nemo_vopd.vlm.weights.reading import HFReader
 
 
 def build_vllm(
@@ -66,14 +67,14 @@ def build_vllm(
         urls = [url for url in started if url is not None]
     sync = None
     if settings.sync == "folder":
-        write = functools.partial(save_hf, student, student.weight_rule, groups, model_dir)
+        write = functools.partial(save_hf, student, groups, model_dir)
         shared = Path(settings.sync_folder or folder / "rollout_weights")
         sync = FolderSync(urls, shared, write, settings.timeout_seconds)
     elif settings.sync == "nccl":
         original = HFReader(model_dir).original_name
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            return ((original.get(n, n), t) for n, t in iterate_hf(student, student.weight_rule, groups))
+            return ((original.get(n, n), t) for n, t in iterate_hf(student, groups))
 
         sync = NCCLSync(urls, tensors, groups, settings.timeout_seconds)
     return VLLMEngine(

@@ -1,131 +1,110 @@
-"""Between a run's checkpoint and a Hugging Face directory, tensor by tensor, never the whole model in one process."""
+"""Megatron shards to Hugging Face tensors: gathered one by one, written as a directory."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from nemo_vopd.config import FreezeConfig
-from nemo_vopd.errors import OptionError
-from nemo_vopd.mcore import sharded_state as sharded
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.vlm.language import LAYER_RULES
-from nemo_vopd.vlm.weights.reading import HFReader, WeightRule, is_frozen, split_fused
+from nemo_vopd.vlm.weights.names import deinterleave
+from nemo_vopd.vlm.weights.reading import HFReader
 
-_MARK = ".export.json"
-
-
-class CheckpointReader:
-    """Whole float32 matrices of a checkpoint, one at a time; no process group is needed."""
-
-    def __init__(self, path: Path) -> None:
-        """Open `path`, a complete checkpoint. Raises pickle.UnpicklingError when its metadata is not metadata."""
-        sharded.check_metadata(path)
-        self._reader = CachedMetadataFileSystemReader(str(path))
-        self._tensors: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
-
-    def holds(self, kind: str) -> bool:
-        """Whether there is any tensor of `kind` (student, teacher)."""
-        return any(key.startswith(f"{kind}.") for key in self._tensors)
-
-    def read(self, key: str) -> Tensor:
-        """The matrix `key` = `<kind>.<canonical name>`, [first dimension, all others] float32."""
-        target = torch.empty(self._tensors[key].size)
-        dcp.load({key: target}, storage_reader=self._reader, no_dist=True)
-        return target
+_FILE_BYTES = 4 * 2**30
+"""Size at which a new file is begun: the writing rank holds one in memory."""
 
 
-def export(checkpoint: Path, kind: str, source: Path, output: Path, hf: Any, freeze: FreezeConfig) -> None:
-    """Write the `kind` (student or teacher) of `checkpoint` as `output`, in the format and the files of `source`.
+def iterate_hf(
+    stage: Stage, groups: ProcessGroupCollection, named: Iterable[tuple[str, Tensor]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (canonical name, full CPU tensor) of this pipeline stage, gathered over tensor parallelism one by one.
 
-    Every tensor keeps the name, shape and dtype it has in `source`, the directory that training started from and `hf`
-    describes; tensors that were frozen (`freeze`) are copied from it. Ranks of torch.distributed, if there are several,
-    share the files out. An interrupted export goes on where it stopped. Raises OptionError when a tensor is missing.
+    `named` are other tensors with the names and shapes of parameters, such as gradients; the default is the parameters.
+
+    All ranks of the tensor group take part; every one of them gets the tensors.
     """
-    tensors, original = CheckpointReader(checkpoint), HFReader(source)
-    if not tensors.holds(kind):
-        remedy = "export weights=student"
-        raise OptionError("weights", kind, f"is not in {checkpoint}: the run's teacher had no weights", remedy)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    partial = output.with_name(f"{output.name}.partial")
-    if rank == 0:
-        _begin(partial, {"checkpoint": str(checkpoint.resolve()), "weights": kind})
-    _barrier()
-    read_fused = functools.lru_cache(maxsize=2)(tensors.read)  # query, key and value come out of one matrix
-
-    def convert(name: str) -> Tensor:
-        if is_frozen(name, freeze):
-            return original.read(name)
-        # some directories store a tied head although it is the embedding
-        rule, place = _rule("embed_tokens.weight" if hf.tie_word_embeddings and name == "lm_head.weight" else name)
-        key, shape = f"{kind}.{rule.names[0]}", original.shape(name)
-        if key not in tensors:
-            raise OptionError("checkpoint", checkpoint, f"has no tensor {key}", "give one of a run of this model")
-        if len(rule.names) == 1:
-            return tensors.read(key).reshape(shape).to(original.dtype(name))
-        part = split_fused(read_fused(key), rule.split, hf.text_config.num_key_value_heads, place, shape[0])
-        return part.reshape(shape).to(original.dtype(name))
-
-    files = original.files()
-    mine = [file for i, file in enumerate(sorted(files)) if i % world == rank and not (partial / file).exists()]
-    for file in tqdm(mine, desc=f"writing {output}", unit="file", disable=rank > 0 or len(files) == 1):
-        content = {original.original_name[name]: convert(name).contiguous() for name in files[file]}
-        save_file(content, str(partial / f".{file}"), metadata={"format": "pt"})
-        os.replace(partial / f".{file}", partial / file)
-    _barrier()
-    if rank == 0:
-        for extra in source.iterdir():
-            if extra.is_file() and extra.suffix != ".safetensors" and not extra.name.startswith("."):
-                shutil.copy2(extra, partial / extra.name)
-        (partial / _MARK).unlink()
-        os.rename(partial, output)
-    _barrier()
+    size, config = groups.tp.size(), stage.config
+    for name, parameter in named or stage.named_parameters():
+        rule = stage.weight_rule(name)
+        if not rule.export:
+            continue
+        shard = parameter.detach()
+        shards = [shard]
+        if size > 1 and rule.split != "replicated":
+            shards = [torch.empty_like(shard) for _ in range(size)]
+            dist.all_gather(shards, shard.contiguous(), group=groups.tp)
+        if rule.split == "replicated":
+            full = (shard,)
+        elif rule.split in ("rows", "columns"):
+            full = (torch.cat(shards, dim=int(rule.split == "columns"))[: rule.num_rows],)
+        elif rule.split == "gated":
+            gates, ups = zip(*(s.chunk(2) for s in shards), strict=True)
+            full = (torch.cat(gates), torch.cat(ups))
+        else:
+            head_dim, local_groups = config.kv_channels, config.num_query_groups // size  # type: ignore[union-attr,operator]
+            pieces = [deinterleave(s, local_groups, head_dim) for s in shards]  # type: ignore[arg-type]
+            full = tuple(torch.cat(x) for x in zip(*pieces, strict=True))
+        for hf_name, tensor in zip(rule.names, full, strict=True):
+            yield hf_name, tensor.cpu()
 
 
-def _begin(partial: Path, mark: dict[str, str]) -> None:
-    """Make `partial`, or keep it where an interrupted export of the same thing left it."""
-    file = partial / _MARK
-    if file.is_file() and json.loads(file.read_text()) == mark:
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    file.write_text(json.dumps(mark))
+def save_hf(stage: Stage, groups: ProcessGroupCollection, source: str | Path, output: str | Path) -> None:
+    """Write the whole model as a Hugging Face directory; all files but weights are copied from `source`.
+
+    Every rank calls it; one rank of each pipeline stage writes, and holds one file of 4 GiB in memory. The directory
+    appears under its name only when it is complete.
+    """
+    source, output = Path(source), Path(output)
+    original = HFReader(source).original_name
+    partial = output.with_name(output.name + ".partial")
+    writes = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
+    if writes:
+        partial.mkdir(parents=True, exist_ok=True)
+    files, part, size = [], {}, 0
+    for name, tensor in iterate_hf(stage, groups):
+        if not writes:
+            continue
+        if part and size + tensor.nbytes > _FILE_BYTES:
+            files.append(_write_part(part, partial, groups.pp.rank(), len(files)))
+            part, size = {}, 0
+        part[original.get(name, name)] = tensor.contiguous().clone()  # in a file of its own, not a view of its shard
+        size += tensor.nbytes
+    if part:
+        files.append(_write_part(part, partial, groups.pp.rank(), len(files)))
+    entries: list = [None] * groups.pp.size()
+    dist.all_gather_object(entries, files, group=groups.pp)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _finish_directory([file for part in entries for file in part], source, partial)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(partial, output)
+    dist.barrier()
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _write_part(tensors: dict[str, Tensor], folder: Path, stage: int, number: int) -> tuple[str, list[str], int]:
+    """(name of the file, names in it, bytes)."""
+    file = f"model-{stage:03d}-{number:05d}.safetensors"
+    save_file(tensors, str(folder / file), metadata={"format": "pt"})
+    return file, list(tensors), sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _rule(name: str) -> tuple[WeightRule, int]:
-    """The rule of the parameter that the tensor `name` (canonical) belongs to, and its place in it."""
-    if not name.startswith("layers."):
-        return WeightRule((name,), "replicated"), 0
-    _, layer, suffix = name.split(".", 2)
-    hf_names, split = _LAYER_TENSORS[suffix]
-    return WeightRule(tuple(f"layers.{layer}.{n}" for n in hf_names), split), hf_names.index(suffix)
-
-
-_LAYER_TENSORS = {hf_name: rule for rule in LAYER_RULES.values() for hf_name in rule[0]}
-
-
-def write_weights(stage: Stage, groups: ProcessGroupCollection, partial: Path) -> None:
-    """The weights of `stage` as student and teacher of a checkpoint, in float32, into the empty folder `partial`."""
-    shards = {name: (p.detach().float().cpu().reshape(-1), 0) for name, p in stage.named_parameters()}
-    sharded.save_request({"student": shards, "teacher": shards}, stage, groups, partial).execute_sync()
+def _finish_directory(files: list[tuple[str, list[str], int]], source: Path, folder: Path) -> None:
+    """One file gets the usual name, several an index; what is not weights comes from `source`."""
+    if len(files) == 1:
+        os.replace(folder / files[0][0], folder / "model.safetensors")
+    else:
+        weight_map = {name: file for file, names, _ in files for name in names}
+        index = {"metadata": {"total_size": sum(size for _, _, size in files)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for extra in source.iterdir():
+        if extra.is_file() and extra.suffix in (".json", ".txt", ".jinja", ".model") and "index" not in extra.name:
+            shutil.copy2(extra, folder / extra.name)

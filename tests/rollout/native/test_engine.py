@@ -142,13 +142,13 @@ def test_prompts_are_computed_once_for_all_their_responses(assets, tmp_path):
     groups = parallel.initialize(config.parallel, seed=1)
     samples = load_samples(config)
     decoder = Decoder(build_vlm(config, groups), groups, 100000)
-    fed, forward = [], decoder.forward
+    fed, forward = [], decoder.stage.forward
 
     def noted(index, tokens, *args, **kwargs):
         fed.append(len(tokens.token_ids))
         return forward(index, tokens, *args, **kwargs)
 
-    decoder.forward = noted  # type: ignore[method-assign]
+    decoder.stage.forward = noted  # type: ignore[method-assign]
     for n in (1, 8):
         params = SamplingParams(n=n, max_response_length=3, seed=1)
         decoder([s.student for s in samples], [s.id for s in samples], params)
