@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,10 +32,9 @@ from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.mcore.teacher_weights import ShardedWeights
 from nemo_vopd.rollout.ahead import AheadEngine
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
-from nemo_vopd.rollout.native.engine import Decoder, MegatronEngine
+from nemo_vopd.rollout.native.engine import MegatronEngine
 from nemo_vopd.rollout.replay import Record, ReplayEngine, dump, to_record
 from nemo_vopd.rollout.vllm.build import build_vllm
-from nemo_vopd.tools.evaluation.gap import measure_gap
 from nemo_vopd.training.checkpoint import Checkpointer
 from nemo_vopd.training.metrics import Timers, keep_lines_before
 from nemo_vopd.training.reporter import Reporter
@@ -43,10 +42,32 @@ from nemo_vopd.training.stopping import FINISHED, RunControl
 from nemo_vopd.vlm.build import build_twin, build_vlm, freeze, shape_of
 
 
+class Evaluation(Protocol):
+    """Measures a run between its steps; `tools.evaluation.during_training` is what the recipes pass in."""
+
+    def begin(self) -> None:
+        """Forget what an earlier run left in the folder: this one starts at step 0."""
+        ...
+
+    def measure(self, model: VisionOPDModel, step: int) -> dict[str, float]:
+        """Accuracies in [0, 1] by name after `step` steps; collective."""
+        ...
+
+    def finish(self, model: VisionOPDModel) -> None:
+        """Called after the last step; collective."""
+        ...
+
+
 class VisionOPDModel(ModelPT):
     """Student, teacher, optimizer and rollout engine of one rank, and the step that moves them."""
 
-    def __init__(self, config: Config, groups: ProcessGroupCollection, trainer: Trainer | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: ProcessGroupCollection,
+        trainer: Trainer | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
         """Build everything from `config`; weights come from `config.model.hf_path`."""
         # ModelPT refuses a top-level key named model, so the run's configuration sits one level down
         super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)  # type: ignore[arg-type]
@@ -66,6 +87,7 @@ class VisionOPDModel(ModelPT):
         self.reporter = Reporter(Path(config.exp_manager["exp_dir"]), groups, config.data.max_dropped_fraction)
         self.checkpointer = Checkpointer(config)
         self.control = RunControl(config)
+        self.evaluation = evaluation
         self._first_prompt = 0  # where the loader starts
         self._prompts: PromptLoader | None = None
         self._in_step = False  # a batch was taken and not trained on
@@ -344,23 +366,12 @@ class VisionOPDModel(ModelPT):
         steps.ready = steps.completed = state["step"]
 
     def _evaluate(self, step: int) -> None:
-        options = self.config.evaluation
-        if not options.every_n_steps or options.path is None or step % options.every_n_steps:
+        every = self.config.evaluation.every_n_steps
+        if self.evaluation is None or not every or step % every:
             return
-        rollout = self.config.rollout
-        decoder = Decoder(self.student, self.groups, rollout.max_batch_tokens)
-        length, limit = rollout.max_response_length, options.num_samples
-        gap = measure_gap(
-            decoder,
-            self.processor,
-            options.path,
-            self.config.data,
-            self.groups,
-            length,
-            limit,
-            option="evaluation.path",
-        )
-        self.control.watch(self.reporter.write_accuracies(step, gap))
+        accuracies = self.evaluation.measure(self, step)
+        self.reporter.write("evaluations", {"step": step, **accuracies})
+        self.control.watch(accuracies)
         self.timers.pop()  # evaluation is not part of the next step
 
     def configure_optimizers(self):

@@ -130,9 +130,10 @@ def check_waits(waits):
 
 
 def fit(config):
+    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
-    train(config)
+    train(config, evaluation=GapDuringTraining(config))
 
 
 @pytest.mark.parametrize("name", ["111", "221 sequence small", "131 small", "122 small"])

@@ -51,9 +51,10 @@ LAYOUTS = {
 
 def train_and_collect(config: Config):
     """Train and return metrics and (student, teacher) weights by canonical name, of this pipeline stage."""
+    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
-    model = train(config)
+    model = train(config, evaluation=GapDuringTraining(config))
     student, groups = model.student, model.groups
     weights = dict(iterate_hf(student, groups))
     teacher = dict(iterate_hf(model.teacher_model, groups))

@@ -12,6 +12,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_vopd.config import Config, DataConfig
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
 from nemo_vopd.tools.evaluation.gap import Gap, evaluate_directory
 from nemo_vopd.tools.report.examples import NUM_EXAMPLES, make_examples, make_traces, read_questions
 from nemo_vopd.tools.report.examples_file import Examples, write_examples
@@ -56,7 +57,7 @@ def distill(config: Config, root: Path) -> VisionOPDModel:
     evaluation = dataclasses.replace(config.evaluation, num_traces=0)  # the report has its own
     folder = {**config.exp_manager, "exp_dir": str(root / "train")}
     run = dataclasses.replace(config, exp_manager=folder, evaluation=evaluation)
-    model = train(run)
+    model = train(run, evaluation=GapDuringTraining(run))
     save_hf(model.student, model.groups, root / "base", root / "student")
     return model
 

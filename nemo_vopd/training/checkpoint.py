@@ -6,26 +6,50 @@ import dataclasses
 import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import fingerprint
-from nemo_vopd.errors import EngineLost, OptionError, RunError
+from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.mcore import cpu, parallel, sharded_state
 from nemo_vopd.mcore.rng import restore_rng, rng_state
+from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.training.checkpoint_folder import CheckpointFolder, read_manifest, read_state, write_state
 from nemo_vopd.training.environment import versions
+from nemo_vopd.vlm.layout import ModelShape
 
-if TYPE_CHECKING:
-    from nemo_vopd.model import VisionOPDModel
+
+class Resumable(Protocol):
+    """What a checkpoint holds of a run, and what is needed to divide it among ranks."""
+
+    student: Stage
+    groups: ProcessGroupCollection
+    shape: ModelShape
+
+    @property
+    def global_step(self) -> int:
+        """Number of steps done."""
+        ...
+
+    def sharded_state(self) -> dict[str, sharded_state.Shards]:
+        """The float32 tensors by kind, live: saving reads them and loading fills them."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything else, in plain values and tensors; collective."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state` and from what was loaded into `sharded_state`."""
+        ...
 
 
 class Checkpointer:
@@ -43,23 +67,23 @@ class Checkpointer:
         """Whether `checkpoint.every_n_steps` asks for one after `step` steps."""
         return self.options.every_n_steps > 0 and step % self.options.every_n_steps == 0
 
-    def save(self, model: VisionOPDModel, *, wait: bool) -> None:
-        """Save `model` as it stands between two steps; all ranks call it. `wait`: not in the background.
+    def save(self, run: Resumable, *, wait: bool) -> None:
+        """Save `run` as it stands between two steps; all ranks call it. With `wait`, not in the background.
 
         Raises RunError when it cannot be written; complete checkpoints stay as they are.
         """
         self.finish(wait=True)
-        step = model.trainer.global_step
+        step = run.global_step
         if self.last is not None and self.last.name == f"step-{step:08d}":
             return
-        tensors, state = model.sharded_state(), model.state()
+        tensors, state = run.sharded_state(), run.state()
         states: list = [None] * dist.get_world_size()
         dist.all_gather_object(states, rng_state())
         try:
             self._make_room(tensors)
             partial = _from_rank_zero(lambda: self.folder.begin())
-            request = sharded_state.save_request(tensors, model.student, model.groups, partial)
-            manifest = _manifest(self.config, model, step)
+            request = sharded_state.save_request(tensors, run.student, run.groups, partial)
+            manifest = _manifest(self.config, run.shape, step)
             request.add_finalize_fn(lambda: self._commit(partial, manifest, {**state, "rng": states}))
             if self.options.asynchronous and not wait:
                 self._background.schedule_async_request(request)
@@ -112,8 +136,8 @@ class Checkpointer:
             "free space there or choose another exp_manager.exp_dir, then run the same command again"
         ) from error
 
-    def restore(self, model: VisionOPDModel, path: Path) -> int:
-        """Bring `model` to the state saved in `path`, under any layout; returns the number of steps done.
+    def restore(self, run: Resumable, path: Path) -> int:
+        """Bring `run` to the state saved in `path`, under any layout; returns the number of steps done.
 
         Raises OptionError when that cannot be.
         """
@@ -122,13 +146,13 @@ class Checkpointer:
         if "state.pt" not in manifest["files"]:
             rule = "holds weights alone, no run to resume"
             raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
-        _check_same_run(manifest, self.config, model)
+        _check_same_run(manifest, self.config, run.shape)
         state = _in_todays_order(read_state(path), manifest)
         remedy = "delete it to resume from the one before it"
         try:
             sharded_state.check_metadata(path)
-            sharded_state.load(model.sharded_state(), model.student, model.groups, path)
-            model.restore(state)
+            sharded_state.load(run.sharded_state(), run.student, run.groups, path)
+            run.restore(state)
         except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, KeyError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
@@ -138,19 +162,6 @@ class Checkpointer:
             logging.info("resuming in another layout: generators start from the seed")
         self.last = path
         return state["step"]
-
-
-class SaveLostStep(Callback):
-    """Saves the run as the last step left it when its rollout engine is lost in the middle of the next one."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called on every rank, since the loss of an engine is raised on every rank, before Lightning tears down."""
-        if isinstance(exception, EngineLost) and trainer.global_step > 0:
-            model: VisionOPDModel = pl_module  # type: ignore[assignment]
-            model.checkpointer.save(model, wait=True)
-            # a signal to the job may end a server that the run started before the step is over
-            reason = model.control.signals.received or "engine_lost"
-            model.control.write_status(reason, trainer.global_step, model.checkpointer.last)
 
 
 def _from_rank_zero(function):
@@ -178,12 +189,12 @@ def _layout(config: Config) -> dict[str, Any]:
     return {"world_size": dist.get_world_size(), **division}
 
 
-def _manifest(config: Config, model: VisionOPDModel, step: int) -> dict[str, Any]:
+def _manifest(config: Config, shape: ModelShape, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "versions": versions(),
         "layout": _layout(config),
-        "model": dataclasses.asdict(model.shape),
+        "model": dataclasses.asdict(shape),
         "data": fingerprint(config.data.path),
         "config": dataclasses.asdict(config),
     }
@@ -202,11 +213,11 @@ def _in_todays_order(state: dict[str, Any], manifest: dict[str, Any]) -> dict[st
     return {**state, "prompts": prompts, "ahead": []}
 
 
-def _check_same_run(manifest: dict[str, Any], config: Config, model: VisionOPDModel) -> None:
+def _check_same_run(manifest: dict[str, Any], config: Config, shape: ModelShape) -> None:
     """Raise OptionError where the options contradict what the checkpoint was written with."""
     anew = "or start anew in another exp_manager.exp_dir"
-    shape = dataclasses.asdict(model.shape)
-    differs = [f"{key} {manifest['model'].get(key)}" for key in shape if shape[key] != manifest["model"].get(key)]
+    was = manifest["model"]
+    differs = [f"{key} {was.get(key)}" for key, value in dataclasses.asdict(shape).items() if value != was.get(key)]
     if differs:
         rule = f"is another model than the checkpoint's, which has {', '.join(differs)}"
         raise OptionError("model.hf_path", config.model.hf_path, rule, f"give the model of the first run, {anew}")

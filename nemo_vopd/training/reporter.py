@@ -14,8 +14,6 @@ from torch import Tensor
 from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
-from nemo_vopd.tools.evaluation.gap import Gap
-from nemo_vopd.tools.report.examples import keep_replies
 from nemo_vopd.training.metrics import MetricsFile, distinct_2
 from nemo_vopd.views import DROP_REASONS
 
@@ -47,17 +45,6 @@ class Reporter:
         """Append one line to `<name>.jsonl` (rank 0)."""
         if name in self._files:
             self._files[name].write(values)
-
-    def write_accuracies(self, step: int, gap: Gap) -> dict[str, float]:
-        """Append both accuracies to evaluations.jsonl (rank 0) and return them.
-
-        What the model said before the first step is kept, for the examples of the finished run's report.
-        """
-        accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
-        self.write("evaluations", {"step": step, **accuracies})
-        if step == 0 and parallel.is_rank_zero():
-            keep_replies(self.folder, gap.replies)
-        return accuracies
 
     def reduce(
         self, statistics: list[Tensor], rollouts: list[Rollout], batch: PromptBatch, dropped_responses: list[Rollout]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
@@ -17,12 +17,11 @@ from omegaconf import OmegaConf
 from nemo_vopd.cli import quiet_announcements
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import require_dataset
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import EngineLost, OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
-from nemo_vopd.model import VisionOPDModel
-from nemo_vopd.tools.report.examples import forget_examples, write_run_examples
-from nemo_vopd.training.checkpoint import Checkpointer, SaveLostStep
+from nemo_vopd.model import Evaluation, VisionOPDModel
+from nemo_vopd.training.checkpoint import Checkpointer
 from nemo_vopd.training.environment import describe, write_facts
 from nemo_vopd.training.metrics import ProgressBar
 from nemo_vopd.training.signals import StopSignals
@@ -30,11 +29,13 @@ from nemo_vopd.training.stopping import RunControl
 from nemo_vopd.vlm.build import check_model
 
 
-def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
+def train(config: Config, signals: StopSignals | None = None, evaluation: Evaluation | None = None) -> VisionOPDModel:
     """Train as `config` says and return the model; everything is written to `exp_manager.exp_dir`.
 
     `signals` may listen already: one that came while the program was loading ends the run before its first step.
+    `evaluation` measures the model where `config.evaluation` asks for it.
     """
+    assert evaluation is not None or config.evaluation.path is None, "nobody measures what evaluation.path asks for"
     check_model(config)
     require_dataset(config.data.path)
     if config.evaluation.path is not None:
@@ -57,21 +58,34 @@ def train(config: Config, signals: StopSignals | None = None) -> VisionOPDModel:
         print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
     # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
     last, trainer.ckpt_path = trainer.ckpt_path, None
-    model = VisionOPDModel(config, groups, trainer)
+    model = VisionOPDModel(config, groups, trainer, evaluation)
     model.control.signals = signals or model.control.signals
     with model.control.signals:
         step = 0 if last is None else model.checkpointer.restore(model, Path(last))
-        if parallel.is_rank_zero() and not step:
-            forget_examples(Path(config.exp_manager["exp_dir"]))
+        if evaluation is not None and not step:
+            evaluation.begin()
         if parallel.is_rank_zero() and step:
             print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
         if reason := model.control.stop_reason(step):
             model.control.write_status(reason, step, model.checkpointer.last)
         else:
             trainer.fit(model)
-            write_run_examples(model)
+            if evaluation is not None:
+                evaluation.finish(model)
     _tell_end(model)
     return model
+
+
+class SaveLostStep(Callback):
+    """Saves the run as the last step left it when its rollout engine is lost in the middle of the next one."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called on every rank, since the loss of an engine is raised on every rank, before Lightning tears down."""
+        if isinstance(pl_module, VisionOPDModel) and isinstance(exception, EngineLost) and trainer.global_step > 0:
+            pl_module.checkpointer.save(pl_module, wait=True)
+            # a signal to the job may end a server that the run started before the step is over
+            reason = pl_module.control.signals.received or "engine_lost"
+            pl_module.control.write_status(reason, trainer.global_step, pl_module.checkpointer.last)
 
 
 def _make_folder(config: Config) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -17,14 +16,12 @@ from nemo_vopd.data.encoder import SampleEncoder, cut_crop, parse_meta
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.evaluation.gap import Reply, measure_gap
 from nemo_vopd.tools.evaluation.traces import MAX_TOKENS, ResponseTrace, trace
 from nemo_vopd.tools.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
 from nemo_vopd.views import load_image
-
-if TYPE_CHECKING:  # whose reporter calls `keep_replies`
-    from nemo_vopd.model import VisionOPDModel
 
 NUM_EXAMPLES = 9
 _FILE, _FIRST_REPLIES = "examples.json", "first_replies.json"

@@ -51,7 +51,7 @@ def test_a_response_is_cut_after_its_first_end_token(decoder):
 def test_rollouts_are_numbered_and_follow_the_occurrence(decoder):
     decode, samples, processor = decoder
     params = SamplingParams(n=3, max_response_length=LENGTH, seed=5)
-    engine = MegatronEngine(decode.model, decode.groups, params, 10000)
+    engine = MegatronEngine(decode.stage.model, decode.stage.groups, params, 10000)
     views, answers = [s.student for s in samples], []
     for occurrence in (0, 4):
         again = [replace(s, key=s.key._replace(occurrence=occurrence)) for s in samples]
@@ -67,7 +67,7 @@ def test_a_record_that_comes_twice_gets_draws_of_its_own(decoder):
     """At the seam of two epochs a batch can hold a record twice; its n responses must not be the same ones again."""
     decode, samples, processor = decoder
     params = SamplingParams(n=3, max_response_length=LENGTH, seed=5)
-    engine = MegatronEngine(decode.model, decode.groups, params, 10000)
+    engine = MegatronEngine(decode.stage.model, decode.stage.groups, params, 10000)
     twice = [samples[0], replace(samples[0], key=samples[0].key._replace(occurrence=1))]
     first, second, both = ([r.token_ids.tolist() for r in engine.generate(s)] for s in (twice[:1], twice[1:], twice))
     assert both == first + second and first != second

@@ -19,9 +19,10 @@ def report(*arguments: object, cwd: Path = ROOT) -> Finished:
 
 def train(config) -> None:
     from nemo_vopd.mcore import parallel
+    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
-    train(config)
+    train(config, evaluation=GapDuringTraining(config))
     parallel.destroy()
 
 
