@@ -21,7 +21,7 @@ from benchmarks.gpu_rows import GIB, Bench, machine, measure
 from benchmarks.measure import Row
 from nemo_vopd.config import Config
 from nemo_vopd.distill.divergence import generalized_jsd
-from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.fused import LossOptions, Policy, fused_linear_jsd
 from nemo_vopd.mcore import cpu
 
 
@@ -164,8 +164,8 @@ def loss(
 
         def fused() -> torch.Tensor:
             student.grad = None
-            policies = student, weight, teacher, teacher_weight
-            value, _ = fused_linear_jsd(*policies, ones, **options, weight_grad_into=main_grad)
+            policies = Policy(student, weight), Policy(teacher, teacher_weight)
+            value, _ = fused_linear_jsd(*policies, ones, LossOptions(**options), weight_grad_into=main_grad)
             value.backward()
             return value.detach() / num
 

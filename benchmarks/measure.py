@@ -14,7 +14,7 @@ import torch
 from nemo_vopd.batch import Rollout
 from nemo_vopd.config import Config
 from nemo_vopd.distill.divergence import generalized_jsd
-from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.fused import LossOptions, Policy, fused_linear_jsd
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.optimizer import learning_rate
 from nemo_vopd.mcore.schedule import student_pass, teacher_pass
@@ -102,8 +102,8 @@ def loss(
 
         def fused(student=student, teacher=teacher, ones=ones, options=options) -> None:
             student.grad = None
-            args = (student, weight, teacher, teacher_weight, ones)
-            fused_linear_jsd(*args, **options, weight_grad_into=main_grad)[0].backward()
+            args = Policy(student, weight), Policy(teacher, teacher_weight), ones, LossOptions(**options)
+            fused_linear_jsd(*args, weight_grad_into=main_grad)[0].backward()
 
         def dense(student=student, teacher=teacher, ones=ones, options=options) -> None:
             student.grad = None

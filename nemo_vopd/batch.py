@@ -215,6 +215,21 @@ def collate(rollouts: list[Rollout], views: list[View], pad_token_id: int, pad_m
     )
 
 
+def pack(
+    rollouts: list[Rollout], max_tokens: int, pad_token_id: int, *, token_multiple: int = 1, num_multiple: int = 1
+) -> tuple[list[MicroBatch], list[MicroBatch]]:
+    """Student and teacher microbatches over the same responses, neither with more than `max_tokens` tokens.
+
+    Each is padded to a multiple of `token_multiple` tokens, and their number to one of `num_multiple`. There is at
+    least one, without a response, so that a rank with nothing to learn from takes part in the collectives.
+    """
+    groups = split_by_token_budget(rollouts, max_tokens) or [[blank_rollout(pad_token_id)]]
+    groups += [[blank_rollout(pad_token_id)]] * (-len(groups) % num_multiple)
+    students = [collate(group, [r.sample.student for r in group], pad_token_id, token_multiple) for group in groups]
+    teachers = [collate(group, [r.sample.teacher for r in group], pad_token_id, token_multiple) for group in groups]
+    return students, teachers
+
+
 def split_by_token_budget(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Group rollouts so that neither view of a group has more than `max_tokens` tokens.
 

@@ -4,58 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.core import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, blank_rollout, collate, split_by_token_budget
+from nemo_vopd.batch import MicroBatch, PromptBatch, Rollout, Sample, pack
 from nemo_vopd.config import Config
 from nemo_vopd.data.loader import PromptLoader, build_train_loader
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.distill.fused import fused_linear_jsd
-from nemo_vopd.distill.importance import mismatch
+from nemo_vopd.distill.fused import LossOptions, Policy, Sampled, fused_linear_jsd
 from nemo_vopd.distill.teacher import Teacher
-from nemo_vopd.errors import OptionError
+from nemo_vopd.distill.vocabulary import Vocabulary
 from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
-from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+from nemo_vopd.mcore.schedule import LossFunction, student_pass, teacher_pass
 from nemo_vopd.mcore.sharded_state import Shards
 from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.mcore.strategy import count_from
 from nemo_vopd.mcore.teacher_weights import ShardedWeights
-from nemo_vopd.rollout.ahead import AheadEngine
-from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
-from nemo_vopd.rollout.native.engine import MegatronEngine
-from nemo_vopd.rollout.replay import Record, ReplayEngine, dump, to_record
-from nemo_vopd.rollout.vllm.build import build_vllm
-from nemo_vopd.training.checkpoint import Checkpointer
-from nemo_vopd.training.metrics import Timers, keep_lines_before
-from nemo_vopd.training.reporter import Reporter
+from nemo_vopd.rollout.build import EngineInputs, ServerPlace, build_engine
+from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.training.metrics import Timers
+from nemo_vopd.training.reporter import Reporter, step_sums
+from nemo_vopd.training.saving import Checkpointer
 from nemo_vopd.training.stopping import FINISHED, RunControl
 from nemo_vopd.vlm.build import build_twin, build_vlm, freeze, shape_of
-
-
-class Evaluation(Protocol):
-    """Measures a run between its steps; `tools.evaluation.during_training` is what the recipes pass in."""
-
-    def begin(self) -> None:
-        """Forget what an earlier run left in the folder: this one starts at step 0."""
-        ...
-
-    def measure(self, model: VisionOPDModel, step: int) -> dict[str, float]:
-        """Accuracies in [0, 1] by name after `step` steps; collective."""
-        ...
-
-    def finish(self, model: VisionOPDModel) -> None:
-        """Called after the last step; collective."""
-        ...
 
 
 class VisionOPDModel(ModelPT):
@@ -66,15 +46,17 @@ class VisionOPDModel(ModelPT):
         config: Config,
         groups: ProcessGroupCollection,
         trainer: Trainer | None = None,
-        evaluation: Evaluation | None = None,
+        measure: Callable[[VisionOPDModel, int], dict[str, float]] | None = None,
     ) -> None:
-        """Build everything from `config`; weights come from `config.model.hf_path`."""
+        """Build everything from `config`; weights come from `config.model.hf_path`.
+
+        `measure` gives accuracies by name after so many steps, where `evaluation.every_n_steps` asks for them.
+        """
         # ModelPT refuses a top-level key named model, so the run's configuration sits one level down
         super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)  # type: ignore[arg-type]
         self.automatic_optimization = False
         self.config, self.groups = config, groups
         self.processor = Processor.from_pretrained(config.model.hf_path)
-        _check_support(config, self.processor.vocab_size)
         self.shape = shape_of(config)
 
         self.student = build_vlm(config, groups)
@@ -82,12 +64,14 @@ class VisionOPDModel(ModelPT):
         self.student_ddp = wrap_ddp(self.student.chunks, groups)
         self.student_optimizer = Optimizer(self.student_ddp, config.optimizer, groups, bf16=self.student.config.bf16)
         self.teacher_model, self.teacher = self._build_teacher()
-        self.engine = self._build_engine()
-        self.timers = Timers()
-        self.reporter = Reporter(Path(config.exp_manager["exp_dir"]), groups, config.data.max_dropped_fraction)
-        self.checkpointer = Checkpointer(config)
-        self.control = RunControl(config)
-        self.evaluation = evaluation
+        self.sampling_params = SamplingParams.of(config.rollout, self.processor, config.seed)
+        folder = Path(config.exp_manager["exp_dir"])
+        inputs = EngineInputs(self.student, groups, self.processor, self.sampling_params)
+        place = ServerPlace(config.model.hf_path, folder, config.num_nodes)
+        self.engine = build_engine(inputs, config.rollout, config.data, place, self._upcoming)
+        self.timers, self.checkpointer, self.control = Timers(), Checkpointer(config), RunControl(config)
+        self.reporter = Reporter(folder, groups, config.data.max_dropped_fraction, config.rollout.dump_path)
+        self.measure = measure
         self._first_prompt = 0  # where the loader starts
         self._prompts: PromptLoader | None = None
         self._in_step = False  # a batch was taken and not trained on
@@ -104,15 +88,14 @@ class VisionOPDModel(ModelPT):
             self.engine.sync_weights()
         with self.timers("rollout"):
             rollouts = self.engine.generate(batch.samples)
-            self._dump(rollouts, step)
+            self.reporter.dump(rollouts, step)
             rollouts, unusable = self._drop_unusable(rollouts)
         students, teachers = self._microbatches(rollouts)
 
         # 2. The teacher reads the same responses beside the crop; only hidden states of response rows are kept.
         with self.timers("teacher"):
-            teacher_hidden = teacher_pass(
-                self.teacher_model, teachers, self.groups, self.config.distill.teacher.offload
-            )
+            offload = self.config.distill.teacher.offload
+            teacher_hidden = teacher_pass(self.teacher_model, teachers, self.groups, offload)
 
         # 3. The student reads them beside the full image; the loss pulls it to the teacher, token by token.
         with self.timers("student"):
@@ -144,51 +127,36 @@ class VisionOPDModel(ModelPT):
             return False, math.nan
         return self.student_optimizer.step(lr)
 
-    def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]):
+    def _loss(self, students: list[MicroBatch], teacher_hidden: list[Tensor]) -> LossFunction:
         """The loss function of `student_pass`: divergence sum, token count and statistics of one microbatch."""
-        distill = self.config.distill
+        options, vocabulary = (
+            LossOptions.of(self.config.distill, self.config.rollout.temperature),
+            Vocabulary(self.groups.tp, self.student.vocab_size),
+        )
 
         def loss(hidden: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
             batch, weight = students[index], self.student.output_weight()
             loss_sum, stats = fused_linear_jsd(
-                hidden,
-                weight,
-                teacher_hidden[index].to(hidden.device),
-                self.teacher_model.output_weight(),
+                Policy(hidden, weight),
+                Policy(teacher_hidden[index].to(hidden.device), self.teacher_model.output_weight()),
                 torch.ones_like(batch.rollout_log_probs),
-                alpha=distill.alpha,
-                top_k=distill.top_k,
-                add_tail=distill.add_tail,
-                temperature=self.config.rollout.temperature,
-                chunk_tokens=distill.chunk_tokens,
-                tp_group=self.groups.tp,
-                tokens=batch.response_tokens,
-                rollout_log_probs=batch.rollout_log_probs,
-                max_importance_weight=distill.importance.max_weight,
-                teacher_mix=distill.teacher.mix if distill.teacher.kind == "trust_region" else 0.0,
+                options,
+                sampled=Sampled(batch.response_tokens, batch.rollout_log_probs),
+                vocabulary=vocabulary,
                 weight_grad_into=weight.main_grad if weight.requires_grad else None,  # type: ignore[attr-defined]
-                vocab_size=self.student.vocab_size,
             )
             num_tokens = torch.full((), len(batch.response_tokens), dtype=torch.int, device=hidden.device)
-            totals = torch.stack([loss_sum.detach().float(), num_tokens.float()])
-            apart = mismatch(stats.log_probs, batch.rollout_log_probs)
-            return loss_sum, num_tokens, torch.cat([totals, stats.sums(), apart])
+            return loss_sum, num_tokens, step_sums(loss_sum, stats, batch.rollout_log_probs)
 
         return loss
 
     def _microbatches(self, rollouts: list[Rollout]) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """Student and teacher microbatches over the same responses, both within the token budget."""
-        if not rollouts:  # this rank has nothing to learn from, but takes part in the collectives
-            rollouts = [blank_rollout(self.processor.pad_token_id)]
-        pad_multiple = fp8.token_multiple(self.student.config)
-        device, pad = cpu.device(), self.processor.pad_token_id
-        students, teachers = [], []
-        packed = split_by_token_budget(rollouts, self.config.trainer.max_tokens_per_microbatch)
-        if self.config.parallel.virtual_pipeline > 1:  # the interleaved schedule takes whole rounds of the pipeline
-            packed += [[blank_rollout(pad)]] * (-len(packed) % self.config.parallel.pipeline)
-        for group in packed:
-            students.append(collate(group, [r.sample.student for r in group], pad, pad_multiple).to(device))
-            teachers.append(collate(group, [r.sample.teacher for r in group], pad, pad_multiple).to(device))
+        # the interleaved schedule takes whole rounds of the pipeline
+        rounds = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        budget, multiple = self.config.trainer.max_tokens_per_microbatch, fp8.token_multiple(self.student.config)
+        both = pack(rollouts, budget, self.processor.pad_token_id, token_multiple=multiple, num_multiple=rounds)
+        students, teachers = ([batch.to(cpu.device()) for batch in batches] for batches in both)
         return students, teachers
 
     def _drop_unusable(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
@@ -198,21 +166,6 @@ class VisionOPDModel(ModelPT):
         for rollout in rollouts:
             parts[int(torch.isin(rollout.token_ids, forbidden).any())].append(rollout)
         return parts
-
-    def _dump(self, rollouts: list[Rollout], step: int) -> None:
-        """Write the rollouts of all data-parallel ranks when `rollout.dump_path` asks for it."""
-        path = self.config.rollout.dump_path
-        if path is None:
-            return
-        records = self._gather([to_record(rollout) for rollout in rollouts])
-        if parallel.is_rank_zero():
-            dump(path, records, step)
-
-    def _gather(self, records: list[Record]) -> list[Record]:
-        """The records of all data-parallel ranks."""
-        gathered: list = [None] * self.groups.dp_cp.size()
-        dist.all_gather_object(gathered, records, group=self.groups.dp_cp)
-        return [record for part in gathered for record in part]
 
     def _report(self, metrics: dict) -> None:
         """Write metrics.jsonl, TensorBoard and the progress line."""
@@ -234,53 +187,19 @@ class VisionOPDModel(ModelPT):
         main = {name: shard for name, (shard, _) in weights.main.items()}
         return teacher_model, Teacher(options, main, weights.publish)
 
-    def _build_engine(self) -> RolloutEngine:
-        rollout = self.config.rollout
-        if rollout.engine == "replay":
-            assert rollout.path is not None  # validated
-            return ReplayEngine(rollout.path, rollout.n)
-        if rollout.engine == "vllm":
-            config, folder = self.config, Path(self.config.exp_manager["exp_dir"])
-            where = {"model_dir": config.model.hf_path, "folder": folder, "num_nodes": config.num_nodes}
-            arguments = self.student, self.groups, self.processor, self.sampling_params(), rollout, config.data
-            engine = build_vllm(*arguments, **where)
-            return AheadEngine(engine, self._upcoming) if rollout.ahead else engine
-        arguments = self.student, self.groups, self.sampling_params(), rollout.max_batch_tokens
-        return MegatronEngine(*arguments, self.processor.decode)
-
     def _upcoming(self) -> list[Sample]:
         """The samples of the next step, if there is one."""
         assert self._prompts is not None
         last = self.trainer.global_step + 1 >= self.config.trainer.max_steps
         return [] if last else self._prompts.peek().samples
 
-    def sampling_params(self) -> SamplingParams:
-        """How the student samples: the rollout options and the model's special tokens."""
-        rollout = self.config.rollout
-        return SamplingParams(
-            n=rollout.n,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_response_length=rollout.max_response_length,
-            end_token_ids=tuple(self.processor.end_token_ids),
-            stop=tuple(rollout.stop),
-            forbidden_token_ids=tuple(self.processor.forbidden_token_ids),
-            seed=self.config.seed,
-        )
-
     def train_dataloader(self) -> Iterator[PromptBatch]:
         """This data-parallel rank's prompts of each global batch, without end; the same iterator at every call."""
         if self._prompts is None:  # NeMo asks for it once more than Lightning
-            dp = self.groups.dp_cp
-            self._prompts = build_train_loader(
-                self.config.data,
-                self.config.distill.teacher_view,
-                self.processor,
-                seed=self.config.seed,
-                dp_rank=dp.rank(),
-                dp_size=dp.size(),
-                position=self._first_prompt,
-            )
+            arguments = self.config.data, self.config.distill.teacher_view, self.processor
+            share = {"dp_rank": self.groups.dp_cp.rank(), "dp_size": self.groups.dp_cp.size()}
+            where = {"seed": self.config.seed, "position": self._first_prompt}
+            self._prompts = build_train_loader(*arguments, **share, **where)
         return self._prompts
 
     def on_train_start(self) -> None:
@@ -289,8 +208,6 @@ class VisionOPDModel(ModelPT):
         self.control.signals.listen()
         step = self.trainer.global_step
         self.reporter.open(step)
-        if self.config.rollout.dump_path is not None and parallel.is_rank_zero() and step > 0:
-            keep_lines_before(Path(self.config.rollout.dump_path), step)
         self.control.write_status("running", step, self.checkpointer.last)
         self.timers = Timers()
         if step == 0:  # a checkpoint was measured before it was written
@@ -320,31 +237,24 @@ class VisionOPDModel(ModelPT):
 
     def _scaling(self) -> dict[str, Tensor]:
         """What delayed FP8 scaling remembers, live."""
-        stages = {"student": self.student, "teacher": self.teacher_model}
-        return {f"{who}.{name}": t for who, stage in stages.items() for name, t in fp8.scaling_state(stage).items()}
+        return fp8.scaling_state({"student": self.student, "teacher": self.teacher_model})
 
     def sharded_state(self) -> dict[str, Shards]:
         """The float32 tensors that survive a restart: student, both moments of Adam, teacher."""
-        names = {parameter: name for name, parameter in self.student.named_parameters()}
-        kinds = {
-            kind: {names[parameter]: shard for parameter, shard in shards.items()}
-            for kind, shards in self.student_optimizer.state_shards().items()
-        }
-        starts = {name: start for name, (_, start) in kinds["student"].items()}
+        kinds = self.student_optimizer.state_shards(self.student)
         if self.teacher.shards:
-            kinds["teacher"] = {name: (shard, starts[name]) for name, shard in self.teacher.shards.items()}
+            kinds["teacher"] = {name: (s, kinds["student"][name][1]) for name, s in self.teacher.shards.items()}
         return kinds
 
     def state(self) -> dict[str, Any]:
         """Everything else that survives a restart (generators are added by `Checkpointer`)."""
         assert self._prompts is not None
-        # a batch that was taken and not trained on is read again
-        prompts = self._prompts.position - (self._prompts.batch_size if self._in_step else 0)
+        again = self._prompts.batch_size if self._in_step else 0  # a batch that was taken and not trained on
         return {
             "step": self.trainer.global_step,
-            "prompts": prompts,
+            "prompts": self._prompts.position - again,
             "num_updates": self.student_optimizer.num_updates,
-            "ahead": self._gather(self.engine.pending()) if isinstance(self.engine, AheadEngine) else [],
+            "ahead": parallel.gather_all(self.engine.pending(), self.groups.dp_cp),
             "scaling": fp8.gather(self._scaling(), self.groups),
             "reporter": self.reporter.state(),
             "control": self.control.state(),
@@ -356,20 +266,16 @@ class VisionOPDModel(ModelPT):
         self.teacher.restored()
         fp8.restore(self._scaling(), state["scaling"])
         self._first_prompt = state["prompts"]
-        if isinstance(self.engine, AheadEngine):
-            self.engine.restore(state["ahead"])
+        self.engine.restore(state["ahead"])
         self.reporter.restore(state["reporter"])
         self.control.restore(state["control"])
-        loop = self.trainer.fit_loop.epoch_loop
-        loop._batches_that_stepped = state["step"]  # where loggers go on
-        steps = loop.manual_optimization.optim_step_progress.total  # trainer.global_step
-        steps.ready = steps.completed = state["step"]
+        count_from(self.trainer, state["step"])
 
     def _evaluate(self, step: int) -> None:
         every = self.config.evaluation.every_n_steps
-        if self.evaluation is None or not every or step % every:
+        if self.measure is None or not every or step % every:
             return
-        accuracies = self.evaluation.measure(self, step)
+        accuracies = self.measure(self, step)
         self.reporter.write("evaluations", {"step": step, **accuracies})
         self.control.watch(accuracies)
         self.timers.pop()  # evaluation is not part of the next step
@@ -392,10 +298,3 @@ class VisionOPDModel(ModelPT):
     def list_available_models(cls):
         """Required by ModelPT: there are no pretrained models to list."""
         return []
-
-
-def _check_support(config: Config, vocab_size: int) -> None:
-    top_k = config.distill.top_k
-    if top_k is not None and top_k > vocab_size:
-        rule = f"must not exceed the vocabulary size, {vocab_size}"
-        raise OptionError("distill.top_k", top_k, rule, "lower it or set distill.top_k=null for the full vocabulary")

@@ -207,7 +207,7 @@ def test_sampling_options_arrive(assets, tmp_path, groups):
 
     overrides = ["rollout.n=3", "rollout.temperature=0.5", "rollout.top_p=0.25", "seed=9"]
     model = VisionOPDModel(tiny_config(assets, tmp_path, *overrides), groups)
-    params = model.sampling_params()
+    params = model.sampling_params
     assert (params.n, params.temperature, params.top_p, params.seed) == (3, 0.5, 0.25, 9)
     assert params.end_token_ids and params.forbidden_token_ids and params.max_response_length == 8
 

@@ -107,7 +107,7 @@ COPIES = {
     "nemo_vopd/batch.py": "a microbatch",
     "nemo_vopd/mcore/schedule.py": "its patches",
     "nemo_vopd/vlm/qwen2_5_vl.py": "the windows of its images",
-    "nemo_vopd/rollout/native/engine.py": "what is never drawn, once for all prompts of a step",
+    "nemo_vopd/rollout/native/stage.py": "what is never drawn, once for all prompts of a step",
     "nemo_vopd/rollout/native/batching.py": "new prompts, and which rows there are when some have ended",
     "nemo_vopd/rollout/native/cache.py": "new prompts, and which rows there are when some have ended",
     "nemo_vopd/training/reporter.py": "the numbers of a step",
@@ -188,18 +188,19 @@ def test_resumed_equals_uninterrupted(assets, tmp_path):
 
 def bf16_loss(device):
     """Loss and its gradients of bf16 tensors on `device`, added to float32, and the same in float64."""
-    from nemo_vopd.distill.fused import fused_linear_jsd
+    from nemo_vopd.distill.fused import LossOptions, Policy, fused_linear_jsd
 
     generator = torch.Generator().manual_seed(0)
     shapes = (40, 32), (300, 32), (40, 32), (300, 32)
-    policies = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    tensors = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     results = []
     for dtype, where in ((torch.bfloat16, device), (torch.float64, "cpu")):
-        hidden, weight, *teacher = (tensor.detach().clone().to(where, dtype) for tensor in policies)
+        hidden, weight, *teacher = (tensor.detach().clone().to(where, dtype) for tensor in tensors)
         into = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
-        options = {"alpha": 0.5, "top_k": 20, "add_tail": True, "weight_grad_into": into, "chunk_tokens": 8}
+        options = LossOptions(alpha=0.5, top_k=20, add_tail=True, chunk_tokens=8)
         hidden.requires_grad_(), weight.requires_grad_()
-        loss, _ = fused_linear_jsd(hidden, weight, *teacher, torch.ones(40, device=where), **options)
+        policies, ones = (Policy(hidden, weight), Policy(*teacher)), torch.ones(40, device=where)
+        loss, _ = fused_linear_jsd(*policies, ones, options, weight_grad_into=into)
         loss.backward()
         results.append([x.detach().cpu().double() for x in (loss, hidden.grad, into)])
     return [((ours - exact).norm() / exact.norm()).item() for ours, exact in zip(*results, strict=True)]

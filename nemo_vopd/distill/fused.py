@@ -9,16 +9,18 @@ dD/dz = scatter(g, I) - sum(g) * softmax(z), where g = dD/ds_I is a [chunk, K] t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs, top_k_support
+from nemo_vopd.config import DistillConfig
+from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs
 from nemo_vopd.distill.importance import importance_weights
 from nemo_vopd.distill.products import add_product_, product
+from nemo_vopd.distill.vocabulary import Vocabulary
 
 _CPU_CHUNK_BYTES = 160 * 2**20
 """Float32 logits of one chunk on a CPU."""
@@ -57,172 +59,97 @@ class TokenStats:
         return torch.stack([getattr(self, field.name).float().sum() for field in fields(self)])
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss computes, and in which pieces."""
+
+    alpha: float
+    """Weight of the teacher in the divergence, see `generalized_jsd`."""
+    top_k: int | None
+    """Size of the student's support; None means the full vocabulary."""
+    add_tail: bool
+    """Whether the mass outside the support is a class of its own."""
+    temperature: float = 1.0
+    """Temperature of the rollout, which divides the logits before anything else."""
+    max_importance_weight: float | None = None
+    """Upper bound of the importance weights; None turns them off."""
+    teacher_mix: float = 0.0
+    """Share of the student's logits, without gradient, in the teacher's (trust region, docs/algorithm.md section 6)."""
+    chunk_tokens: int | None = None
+    """Number of tokens whose logits exist at one time; None means `default_chunk_tokens`."""
+
+    @classmethod
+    def of(cls, distill: DistillConfig, temperature: float) -> LossOptions:
+        """The loss of a run that samples at `temperature`."""
+        mix = distill.teacher.mix if distill.teacher.kind == "trust_region" else 0.0
+        limit, chunk = distill.importance.max_weight, distill.chunk_tokens
+        return cls(distill.alpha, distill.top_k, distill.add_tail, temperature, limit, mix, chunk)
+
+
+class Policy(NamedTuple):
+    """The distribution over the next token at T positions, as what it is computed from."""
+
+    hidden: Tensor
+    """[T, H] final hidden states; row t predicts response token t."""
+    weight: Tensor
+    """[V / tp, H]: this rank's rows of the head."""
+
+
+class Sampled(NamedTuple):
+    """The response tokens, as the rollout engine drew them."""
+
+    tokens: Tensor
+    """[T] int64."""
+    log_probs: Tensor
+    """[T] log p of `tokens` under the engine."""
+
+
 def fused_linear_jsd(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    student: Policy,
+    teacher: Policy,
     token_weights: Tensor,
+    options: LossOptions,
     *,
-    alpha: float,
-    top_k: int | None,
-    add_tail: bool,
-    temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-    tokens: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-    max_importance_weight: float | None = None,
-    teacher_mix: float = 0.0,
+    sampled: Sampled | None = None,
+    vocabulary: Vocabulary | None = None,
     weight_grad_into: Tensor | None = None,
-    vocab_size: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of token_weights * importance * D(student, teacher).
 
     Args:
-        student_hidden: [T, H]; row t predicts response token t. Gradient flows.
-        student_weight: [V / tp, H], this rank's rows of the head. Gradient flows.
-        teacher_hidden: [T, H], the same rows under the teacher; no gradient.
-        teacher_weight: [V / tp, H]; no gradient.
+        student: gradients flow into both of its tensors.
+        teacher: no gradient.
         token_weights: [T], 0 leaves a token out of value and gradient.
-        alpha: weight of the teacher, see `generalized_jsd`.
-        top_k: size of the student's support, None for the full vocabulary.
-        add_tail: append the remaining mass as one class.
-        temperature: logits are divided by it before anything else (the rollout's temperature).
-        chunk_tokens: rows whose logits exist at one time; None means `default_chunk_tokens`.
-        tp_group: the group the vocabulary is split over; None means one process and the whole vocabulary.
-        tokens: [T] int64, the sampled tokens, for log-probs and importance weights.
-        rollout_log_probs: [T], the engine's log p of `tokens`.
-        max_importance_weight: truncation of the importance weight; None turns it off.
-        teacher_mix: the teacher's logits become (1 - teacher_mix) * teacher + teacher_mix * student, without
-            gradient (the trust-region teacher, docs/algorithm.md section 6).
-        weight_grad_into: [V / tp, H] buffer that the gradient of `student_weight` is added to, chunk by chunk
+        options: divergence, support, temperature and chunks.
+        sampled: the tokens to report log-probs and compute importance weights of.
+        vocabulary: how the rows of the heads are split; the default is one process with all of them.
+        weight_grad_into: [V / tp, H] buffer that the gradient of the student's head is added to, chunk by chunk
             (Megatron's `main_grad`); autograd then gets none, and no tensor of the size of the head is made. The
             result must be backpropagated with gradient 1, as Megatron's schedules do.
-        vocab_size: real size of the vocabulary; rows of the heads beyond it, which fill the last ranks' shards up,
-            take no part. None means that there are none.
 
     Returns:
         (loss_sum, stats): a scalar in float32 (float64 for float64 input), once differentiable, and `TokenStats`.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: must lie in [0, 1]")
-    if vocab_size is None:
-        vocab_size = student_weight.size(0) * (tp_group.size() if tp_group is not None else 1)
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k={top_k}: must lie between 1 and the vocabulary size, {vocab_size}")
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    if chunk_tokens is None:
-        most = default_chunk_tokens(student_weight.size(0), student_weight.device.type)
-        num_chunks = max(1, -(-len(token_weights) // most))
-        chunk_tokens = max(1, -(-len(token_weights) // num_chunks))  # even chunks: a short last one would be slow
+    if not 0 <= options.alpha <= 1:
+        raise ValueError(f"alpha={options.alpha}: must lie in [0, 1]")
+    vocabulary = vocabulary or Vocabulary(None, student.weight.size(0))
+    if options.top_k is not None and not 1 <= options.top_k <= vocabulary.size:
+        raise ValueError(f"top_k={options.top_k}: must lie between 1 and the vocabulary size, {vocabulary.size}")
+    if options.chunk_tokens is None:
+        num_tokens = len(token_weights)
+        most = default_chunk_tokens(student.weight.size(0), student.weight.device.type)
+        num_chunks = max(1, -(-num_tokens // most))  # even chunks: a short last one would be slow
+        options = replace(options, chunk_tokens=max(1, -(-num_tokens // num_chunks)))
+    dtype = torch.promote_types(student.hidden.dtype, torch.float32)
     stats = TokenStats(*(token_weights.new_zeros(len(token_weights), dtype=dtype) for _ in fields(TokenStats)))
-    loss_sum = _FusedLinearJSD.apply(
-        student_hidden,
-        student_weight,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        token_weights,
-        _Options(
-            alpha,
-            top_k,
-            add_tail,
-            temperature,
-            chunk_tokens,
-            max_importance_weight,
-            teacher_mix,
-            _Vocabulary(tp_group, vocab_size),
-        ),
-        tokens,
-        rollout_log_probs,
-        stats,
-        weight_grad_into,
-    )
-    return loss_sum, stats  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class _Options:
-    alpha: float
-    top_k: int | None
-    add_tail: bool
-    temperature: float
-    chunk_tokens: int
-    max_importance_weight: float | None
-    teacher_mix: float
-    vocabulary: _Vocabulary
-
-
-class _Vocabulary:
-    """Reductions over a vocabulary split by rows among the ranks of a tensor-parallel group."""
-
-    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
-        self.group = group if group is not None and group.size() > 1 else None
-        self.rank = self.group.rank() if self.group is not None else 0
-        self.size = size
-
-    def hide_padding_(self, logits: Tensor) -> Tensor:
-        """Give the columns of [c, V / tp] that stand for no token probability 0, in place."""
-        num_real = max(0, self.size - self.rank * logits.size(-1))
-        if num_real < logits.size(-1):
-            logits[:, num_real:] = -1e30  # not -inf: 0 * -inf would not be 0
-        return logits
-
-    def sum(self, x: Tensor) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(x, group=self.group)
-        return x
-
-    def subtract_max_(self, logits: Tensor) -> Tensor:
-        """Take the largest logit of each row off [c, V / tp], in place.
-
-        What follows is then as exact as log_softmax: a logsumexp of its own would round at the size of the logits.
-        """
-        maximum = logits.amax(dim=-1, keepdim=True)
-        if self.group is not None:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
-        return logits.sub_(maximum)
-
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and global indices [c, k] of the largest logits, from each rank's own largest."""
-        width = logits.size(-1)
-        values, indices = top_k_support(logits, min(k, width))
-        if self.group is None:
-            return values, indices
-        # within a rank by index, so that equal values keep the order of the whole vocabulary
-        indices, by_index = indices.sort(dim=-1)
-        values, indices = values.gather(-1, by_index), indices + self.rank * width
-        all_values = [torch.empty_like(values) for _ in range(self.group.size())]
-        all_indices = [torch.empty_like(indices) for _ in range(self.group.size())]
-        dist.all_gather(all_values, values, group=self.group)
-        dist.all_gather(all_indices, indices, group=self.group)
-        best, place = torch.cat(all_values, dim=-1).sort(dim=-1, descending=True, stable=True)
-        return best[:, :k], torch.cat(all_indices, dim=-1).gather(-1, place[:, :k])
-
-    def local(self, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Global indices to (indices into this rank's shard, whether they lie in it)."""
-        local = indices - self.rank * width
-        mine = (local >= 0) & (local < width)
-        return local.clamp(0, width - 1), mine
-
-    def gather(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """Logits [c, k] at global `indices`, wherever they live."""
-        if self.group is None:
-            return logits.gather(-1, indices)
-        local, mine = self.local(indices, logits.size(-1))
-        return self.sum(logits.gather(-1, local).masked_fill(~mine, 0.0))
-
-    def scatter_add_(self, target: Tensor, indices: Tensor, values: Tensor) -> None:
-        """Add values [c, k] at global `indices` to the shard `target` [c, V / tp], in place."""
-        local, mine = self.local(indices, target.size(-1))
-        target.scatter_add_(-1, local, values.masked_fill(~mine, 0.0))
+    teacher = Policy(*(tensor.detach() for tensor in teacher))
+    arguments = teacher, token_weights, options, sampled, vocabulary, stats, weight_grad_into
+    return _FusedLinearJSD.apply(*student, *arguments), stats  # type: ignore[return-value]
 
 
 class _FusedLinearJSD(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, teacher_hidden, teacher_weight, token_weights, options, tokens, rollout, stats, grad_into
-    ):
+    def forward(ctx, hidden, weight, teacher, token_weights, options, sampled, vocabulary, stats, grad_into):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=dtype, device=hidden.device)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
@@ -232,16 +159,15 @@ class _FusedLinearJSD(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for start in range(0, hidden.size(0), options.chunk_tokens):
             rows = slice(start, start + options.chunk_tokens)
-            chunk_stats = TokenStats(*(getattr(stats, field.name)[rows] for field in fields(stats)))
             loss, gradient = _chunk(
-                (hidden[rows], weight),
-                (teacher_hidden[rows], teacher_weight),
+                Policy(hidden[rows], weight),
+                Policy(teacher.hidden[rows], teacher.weight),
                 token_weights[rows].to(dtype),
                 options,
-                tokens[rows] if tokens is not None else None,
-                rollout[rows] if rollout is not None else None,
-                chunk_stats,
-                want_hidden or want_weight,
+                None if sampled is None else Sampled(sampled.tokens[rows], sampled.log_probs[rows]),
+                vocabulary,
+                TokenStats(*(getattr(stats, field.name)[rows] for field in fields(stats))),
+                want_gradient=want_hidden or want_weight,
             )
             loss_sum += loss
             if gradient is None:
@@ -251,7 +177,7 @@ class _FusedLinearJSD(torch.autograd.Function):
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
                 # each rank knows its rows of the head only: the gradient of the hidden state is a sum over ranks
-                grad_hidden[rows] = options.vocabulary.sum(product(gradient, weight, dtype)).to(hidden.dtype)
+                grad_hidden[rows] = vocabulary.sum(product(gradient, weight, dtype)).to(hidden.dtype)
             if grad_weight is not None:
                 add_product_(grad_weight, gradient.t(), hidden[rows])
             del gradient  # before the next chunk's logits are made
@@ -267,7 +193,7 @@ class _FusedLinearJSD(torch.autograd.Function):
         scale = grad_outputs[0]
         if ctx.unit_gradient:
             torch._assert_async(scale == 1)
-            return (grad_hidden,) + (None,) * 9
+            return (grad_hidden,) + (None,) * 8
         if grad_hidden is not None:
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         # not a saved tensor, which autograd would hold on to and copy: the one there is becomes the gradient
@@ -276,44 +202,45 @@ class _FusedLinearJSD(torch.autograd.Function):
             if grad_weight is None:
                 raise RuntimeError("the gradient of the head was given away by the first backward pass of this loss")
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return (grad_hidden, grad_weight) + (None,) * 8
+        return (grad_hidden, grad_weight) + (None,) * 7
 
 
-def _logits(policy: tuple[Tensor, Tensor], options: _Options, dtype: torch.dtype) -> Tensor:
-    """[c, V / tp] logits of (hidden [c, H], weight [V / tp, H]), the largest of each row taken off."""
-    hidden, weight = policy
-    logits = options.vocabulary.hide_padding_(product(hidden, weight.t(), dtype))
-    if options.temperature != 1:
-        logits.div_(options.temperature)
-    return options.vocabulary.subtract_max_(logits)
+def _logits(policy: Policy, temperature: float, vocabulary: Vocabulary, dtype: torch.dtype) -> Tensor:
+    """[c, V / tp] logits of c tokens, the largest of each row taken off."""
+    logits = vocabulary.hide_padding_(product(policy.hidden, policy.weight.t(), dtype))
+    if temperature != 1:
+        logits.div_(temperature)
+    return vocabulary.subtract_max_(logits)
 
 
 def _chunk(
-    student_policy: tuple[Tensor, Tensor],
-    teacher_policy: tuple[Tensor, Tensor],
+    student_policy: Policy,
+    teacher_policy: Policy,
     token_weights: Tensor,
-    options: _Options,
-    tokens: Tensor | None,
-    rollout_log_probs: Tensor | None,
+    options: LossOptions,
+    sampled: Sampled | None,
+    vocabulary: Vocabulary,
     stats: TokenStats,
+    *,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one chunk and its gradient with respect to the student's logits; fills `stats` in place.
+    """Loss sum of c tokens and its gradient with respect to the student's logits [c, V / tp]; fills `stats` in place.
 
-    The policies are (hidden [c, H], weight [V / tp, H]). Two tensors of the size of the logits exist at one time.
+    Two tensors of the size of the logits exist at one time.
     """
-    vocabulary, dtype = options.vocabulary, token_weights.dtype
-    logits = _logits(student_policy, options, dtype)
+    dtype = token_weights.dtype
+    logits = _logits(student_policy, options.temperature, vocabulary, dtype)
     softmax = logits.exp()
     total = vocabulary.sum(softmax.sum(-1, keepdim=True))
     log_z = total.log()
     softmax.div_(total)
     stats.entropy.copy_(log_z.squeeze(-1) - vocabulary.sum(torch.linalg.vecdot(softmax, logits)))
-    if tokens is not None:
-        log_probs = vocabulary.gather(logits, tokens[:, None]) - log_z
+    stats.importance.fill_(1.0)
+    if sampled is not None:
+        log_probs = vocabulary.gather(logits, sampled.tokens[:, None]) - log_z
         stats.log_probs.copy_(log_probs.squeeze(-1))
-    limit = options.max_importance_weight if rollout_log_probs is not None else None
-    stats.importance.copy_(importance_weights(stats.log_probs, rollout_log_probs, max_weight=limit))  # type: ignore[arg-type]
+        limit = options.max_importance_weight
+        stats.importance.copy_(importance_weights(stats.log_probs, sampled.log_probs, max_weight=limit))
 
     if options.top_k is None:
         support, student = None, logits - log_z
@@ -324,7 +251,7 @@ def _chunk(
         stats.student_topk_mass.copy_(student.exp().sum(-1))
     if not options.teacher_mix:
         del logits
-    teacher_logits = _logits(teacher_policy, options, dtype)
+    teacher_logits = _logits(teacher_policy, options.temperature, vocabulary, dtype)
     if options.teacher_mix:  # a constant taken off a row of either changes no probability
         teacher_logits = vocabulary.subtract_max_(teacher_logits.lerp_(logits, options.teacher_mix))
     teacher = teacher_logits.clone() if support is None else vocabulary.gather(teacher_logits, support)

@@ -111,17 +111,22 @@ def roll_history(megatron: TransformerConfig) -> None:
 
 
 @torch.no_grad()  # with gradients enabled, leaving an FP8 context rolls all histories
-def scaling_state(stage: Any) -> dict[str, Tensor]:
-    """Scales and histories of largest values of `stage`, live: `layers.<number of the layer>.<module>.<tensor>`.
+def scaling_state(stages: dict[str, Any]) -> dict[str, Tensor]:
+    """Scales and histories of largest values, live: `<stage>.layers.<number of the layer>.<module>.<tensor>`.
 
     Empty unless scaling is delayed. Modules that have not run yet get their initial state.
     """
-    megatron = stage.config
-    if not megatron.fp8 or megatron.fp8_recipe != "delayed":
-        return {}
+    state: dict[str, Tensor] = {}
+    for who, stage in stages.items():
+        if stage.config.fp8 and stage.config.fp8_recipe == "delayed":
+            state |= {f"{who}.{name}": tensor for name, tensor in _scaling_state(stage).items()}
+    return state
+
+
+def _scaling_state(stage: Any) -> dict[str, Tensor]:
     from megatron.core.fp8_utils import get_fp8_context
 
-    state: dict[str, Tensor] = {}
+    megatron, state = stage.config, {}
     for name, module in _scaled_modules(stage):
         if "scaling_fwd" not in module.fp8_meta:
             with get_fp8_context(megatron):

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nemo_vopd.config import OptimizerConfig
+from nemo_vopd.mcore.sharded_state import Shards
 
 
 def wrap_ddp(chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
@@ -92,8 +93,8 @@ class Optimizer:
     def _parts(self) -> list[DistributedOptimizer]:
         return self.megatron.chained_optimizers  # type: ignore[attr-defined]
 
-    def state_shards(self) -> dict[str, dict[torch.nn.Parameter, tuple[Tensor, int]]]:
-        """All float32 state as `main_shards` gives it: `student`, `exp_avg`, `exp_avg_sq` (made where missing)."""
+    def state_shards(self, model: torch.nn.Module) -> dict[str, Shards]:
+        """All float32 state by kind and by parameter name in `model`: weights and both moments."""
         main = self.main_shards()
         states: dict[torch.nn.Parameter, dict[str, Any]] = {}
         for part in self._parts():
@@ -107,8 +108,11 @@ class Optimizer:
                         state.update(exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard))
                         if isinstance(inner, torch.optim.Adam):  # Transformer Engine and apex count in the group
                             state["step"] = torch.tensor(0.0)
-        moments = {kind: {p: (states[p][kind], start) for p, (_, start) in main.items()} for kind in _MOMENTS}
-        return {"student": main, **moments}
+        named = {name: p for name, p in model.named_parameters() if p in main}
+        kinds = {"student": {name: main[p] for name, p in named.items()}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            kinds[kind] = {name: (states[p][kind], main[p][1]) for name, p in named.items()}
+        return kinds
 
     @torch.no_grad()
     def restored(self, num_updates: int) -> None:
@@ -143,9 +147,6 @@ class Optimizer:
                         start = part._get_model_param_range_map(parameter)["param"].start
                         shards[parameter] = (main, start)
         return shards
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:

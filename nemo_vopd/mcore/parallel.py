@@ -120,6 +120,13 @@ def _environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def gather_all(items: list, group: dist.ProcessGroup) -> list:
+    """The `items` of all ranks of `group`, in the order of the ranks; collective."""
+    gathered: list = [None] * group.size()
+    dist.all_gather_object(gathered, items, group=group)
+    return [item for part in gathered for item in part]
+
+
 def is_first_stage(groups: ProcessGroupCollection) -> bool:
     """Whether this rank holds the embedding and the vision tower."""
     return groups.pp.rank() == 0

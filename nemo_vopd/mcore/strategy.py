@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -60,6 +61,14 @@ class MegatronEnvironment(ClusterEnvironment):
     def node_rank(self) -> int:
         """Number of this node."""
         return dist.get_rank() // self.local_size
+
+
+def count_from(trainer: Trainer, step: int) -> None:
+    """Let `trainer.global_step`, and the steps that loggers see, go on from `step`."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = step
+    steps = loop.manual_optimization.optim_step_progress.total
+    steps.ready = steps.completed = step
 
 
 class MegatronStrategy(DDPStrategy):

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from nemo_vopd.batch import RecordKey, Rollout, Sample
+from nemo_vopd.rollout.engine import RolloutEngine
 from nemo_vopd.rollout.replay import Record, to_record
 
 
@@ -27,7 +28,7 @@ class BackgroundEngine(Protocol):
         ...
 
 
-class AheadEngine:
+class AheadEngine(RolloutEngine):
     """Gives the rollouts that were begun a step ago and begins those of the next step.
 
     Weights are synchronised when the rollouts under way are done, so each batch comes from one state of the student.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_vopd.batch import RecordKey, Rollout, Sample
 from nemo_vopd.errors import OptionError
+from nemo_vopd.rollout.engine import RolloutEngine
 
 Record = dict[str, Any]
 """One rollout in plain values: sample_id, data_set, record, occurrence, index, token_ids, log_probs."""
@@ -36,7 +37,7 @@ def dump(path: str | Path, records: list[Record], step: int) -> None:
         file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
 
 
-class ReplayEngine:
+class ReplayEngine(RolloutEngine):
     """Finds recorded responses by the key of a sample, so it works under any layout and batch size.
 
     Lines without a key (data_set, record, occurrence), written by hand for example, are found by sample id.
@@ -87,9 +88,6 @@ class ReplayEngine:
                     raise OptionError("rollout.path", self.path, rule, "replay with the data set it was written with")
                 rollouts.append(Rollout(sample, tokens, log_probs, index))
         return rollouts
-
-    def sync_weights(self) -> None:
-        """Nothing to do: recorded responses do not depend on the weights."""
 
 
 class _Twice(ValueError):

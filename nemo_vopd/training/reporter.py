@@ -12,9 +12,12 @@ from nemo.utils import logging
 from torch import Tensor
 
 from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
+from nemo_vopd.distill.fused import TokenStats
+from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
-from nemo_vopd.training.metrics import MetricsFile, distinct_2
+from nemo_vopd.rollout.replay import dump, to_record
+from nemo_vopd.training.metrics import MetricsFile, distinct_2, keep_lines_before
 from nemo_vopd.views import DROP_REASONS
 
 _NUM_SUMS = 10
@@ -23,12 +26,21 @@ _TOO_FEW = 2
 """Unusable records that are never a reason to stop: a share of a handful says nothing."""
 
 
+def step_sums(loss_sum: Tensor, stats: TokenStats, rollout_log_probs: Tensor) -> Tensor:
+    """[11] float32: what `Reporter.reduce` needs of one microbatch."""
+    totals = torch.stack([loss_sum.detach().float(), torch.full_like(loss_sum, len(rollout_log_probs)).float()])
+    return torch.cat([totals, stats.sums(), mismatch(stats.log_probs, rollout_log_probs)])
+
+
 class Reporter:
     """Reduces the statistics of a step over ranks and keeps count of unusable records since the run began."""
 
-    def __init__(self, folder: Path, groups: ProcessGroupCollection, max_dropped_fraction: float) -> None:
-        """Files go to `folder`; see `data.max_dropped_fraction`."""
+    def __init__(
+        self, folder: Path, groups: ProcessGroupCollection, max_dropped_fraction: float, dump_path: str | None
+    ) -> None:
+        """Write to `folder`; see `data.max_dropped_fraction` and `rollout.dump_path`."""
         self.folder, self.groups, self.max_dropped_fraction = folder, groups, max_dropped_fraction
+        self.dump_path = None if dump_path is None else Path(dump_path)
         self.num_records = 0
         self.dropped: Counter[str] = Counter()
         self._files: dict[str, MetricsFile] = {}
@@ -38,6 +50,8 @@ class Reporter:
         if parallel.is_rank_zero():
             for name in ("metrics", "dropped"):
                 self._files[name] = MetricsFile(self.folder / f"{name}.jsonl", first_step)
+            if self.dump_path is not None and first_step:
+                keep_lines_before(self.dump_path, first_step)
             # accuracy after a step is measured before that step's checkpoint is written
             self._files["evaluations"] = MetricsFile(self.folder / "evaluations.jsonl", first_step + (first_step > 0))
 
@@ -45,6 +59,13 @@ class Reporter:
         """Append one line to `<name>.jsonl` (rank 0)."""
         if name in self._files:
             self._files[name].write(values)
+
+    def dump(self, rollouts: list[Rollout], step: int) -> None:
+        """Write the rollouts of all data-parallel ranks to `dump_path`, if there is one; collective."""
+        if self.dump_path is not None:
+            records = parallel.gather_all([to_record(rollout) for rollout in rollouts], self.groups.dp_cp)
+            if parallel.is_rank_zero():
+                dump(self.dump_path, records, step)
 
     def reduce(
         self, statistics: list[Tensor], rollouts: list[Rollout], batch: PromptBatch, dropped_responses: list[Rollout]
@@ -107,15 +128,13 @@ class Reporter:
         mine += [
             DroppedSample(r.sample.id, "vision_token_in_response", f"response {r.index}") for r in dropped_responses
         ]
-        dp = self.groups.dp_cp
-        gathered: list = [None] * dp.size()
-        dist.all_gather_object(gathered, mine, group=dp)
-        for sample in (sample for part in gathered for sample in part):
+        dropped: list[DroppedSample] = parallel.gather_all(mine, self.groups.dp_cp)
+        for sample in dropped:
             line = {"step": step, "id": sample.id, "reason": sample.reason, "detail": sample.detail}
             self.write("dropped", line)
         for reason in metrics["dropped_by_reason"]:
             if self.dropped[reason] == metrics["dropped_by_reason"][reason]:  # met for the first time
-                first = next(sample for part in gathered for sample in part if sample.reason == reason)
+                first = next(sample for sample in dropped if sample.reason == reason)
                 logging.warning("dropped sample %s: %s (%s)", first.id, first.reason, first.detail)
         num, limit = sum(self.dropped.values()), self.max_dropped_fraction
         if num > limit * self.num_records and (num > _TOO_FEW or limit == 0):

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,29 @@ from nemo_vopd.data.dataset import require_dataset
 from nemo_vopd.errors import EngineLost, OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
-from nemo_vopd.model import Evaluation, VisionOPDModel
-from nemo_vopd.training.checkpoint import Checkpointer
+from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.training.environment import describe, write_facts
 from nemo_vopd.training.metrics import ProgressBar
+from nemo_vopd.training.saving import Checkpointer
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.training.stopping import RunControl
-from nemo_vopd.vlm.build import check_model
+from nemo_vopd.vlm.build import check_model, shape_of
+
+
+class Evaluation(Protocol):
+    """Measures a run between its steps; recipes pass `tools.evaluation.during_training` in."""
+
+    def begin(self) -> None:
+        """Forget what an earlier run left in the folder: this one starts at step 0."""
+        ...
+
+    def measure(self, model: VisionOPDModel, step: int) -> dict[str, float]:
+        """Accuracies in [0, 1] by name after `step` steps; collective."""
+        ...
+
+    def finish(self, model: VisionOPDModel) -> None:
+        """Called after the last step; collective."""
+        ...
 
 
 def train(config: Config, signals: StopSignals | None = None, evaluation: Evaluation | None = None) -> VisionOPDModel:
@@ -37,6 +54,7 @@ def train(config: Config, signals: StopSignals | None = None, evaluation: Evalua
     """
     assert evaluation is not None or config.evaluation.path is None, "nobody measures what evaluation.path asks for"
     check_model(config)
+    _check_support(config.distill.top_k, shape_of(config).vocab_size)
     require_dataset(config.data.path)
     if config.evaluation.path is not None:
         require_dataset(config.evaluation.path, "evaluation.path")
@@ -58,7 +76,7 @@ def train(config: Config, signals: StopSignals | None = None, evaluation: Evalua
         print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
     # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
     last, trainer.ckpt_path = trainer.ckpt_path, None
-    model = VisionOPDModel(config, groups, trainer, evaluation)
+    model = VisionOPDModel(config, groups, trainer, None if evaluation is None else evaluation.measure)
     model.control.signals = signals or model.control.signals
     with model.control.signals:
         step = 0 if last is None else model.checkpointer.restore(model, Path(last))
@@ -86,6 +104,12 @@ class SaveLostStep(Callback):
             # a signal to the job may end a server that the run started before the step is over
             reason = pl_module.control.signals.received or "engine_lost"
             pl_module.control.write_status(reason, trainer.global_step, pl_module.checkpointer.last)
+
+
+def _check_support(top_k: int | None, vocab_size: int) -> None:
+    if top_k is not None and top_k > vocab_size:
+        rule = f"must not exceed the vocabulary size, {vocab_size}"
+        raise OptionError("distill.top_k", top_k, rule, "lower it or set distill.top_k=null for the full vocabulary")
 
 
 def _make_folder(config: Config) -> None:

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_vopd.distill.divergence import generalized_jsd
-from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.fused import LossOptions, Policy, Sampled, fused_linear_jsd
 from nemo_vopd.distill.importance import importance_weights
+from nemo_vopd.distill.vocabulary import Vocabulary
 
 OPTIONS = [
     {"alpha": alpha, "top_k": top_k, "add_tail": add_tail}
@@ -31,6 +32,13 @@ def problem(dtype, num_tokens=13, hidden=16, vocabulary=50, seed=0):
     return student, weight, make(num_tokens, hidden), make(vocabulary, hidden) / 2, token_weights, tokens, rollout
 
 
+def run(student, weight, teacher, teacher_weight, token_weights, **options):
+    """The loss, its options and its other arguments all by name."""
+    others = {k: options.pop(k) for k in ("sampled", "vocabulary", "weight_grad_into") if k in options}
+    policies = Policy(student, weight), Policy(teacher, teacher_weight)
+    return fused_linear_jsd(*policies, token_weights, LossOptions(**options), **others)
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("chunk_tokens", [5, 100])
@@ -38,17 +46,11 @@ def test_equals_the_clear_loss(options, dtype, tolerance, chunk_tokens):
     student, weight, teacher, teacher_weight, token_weights, tokens, rollout = problem(dtype)
     temperature = 1.3
     loss, stats = fused_linear_jsd(
-        student,
-        weight,
-        teacher,
-        teacher_weight,
+        Policy(student, weight),
+        Policy(teacher, teacher_weight),
         token_weights,
-        **options,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        tokens=tokens,
-        rollout_log_probs=rollout,
-        max_importance_weight=2.0,
+        LossOptions(**options, temperature=temperature, chunk_tokens=chunk_tokens, max_importance_weight=2.0),
+        sampled=Sampled(tokens, rollout),
     )
     (loss * 3).backward()
     gradients = student.grad.clone(), weight.grad.clone()
@@ -76,14 +78,14 @@ def test_equals_the_clear_loss(options, dtype, tolerance, chunk_tokens):
 def test_no_tokens_and_masked_tokens():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
     options = {"alpha": 0.5, "top_k": 10, "add_tail": True}
-    loss, stats = fused_linear_jsd(student[:0], weight, teacher[:0], teacher_weight, token_weights[:0], **options)
+    loss, stats = run(student[:0], weight, teacher[:0], teacher_weight, token_weights[:0], **options)
     loss.backward()
     assert loss == 0 and stats.divergence.numel() == 0 and not weight.grad.any()
     bad = teacher.clone()
     bad[0] = float("nan")
     weights = torch.ones_like(token_weights)
     weights[0] = 0
-    loss, _ = fused_linear_jsd(student, weight, bad, teacher_weight, weights, **options)
+    loss, _ = run(student, weight, bad, teacher_weight, weights, **options)
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all() and not student.grad[0].any()
 
@@ -91,26 +93,22 @@ def test_no_tokens_and_masked_tokens():
 def test_refuses_a_support_larger_than_the_vocabulary():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float32)
     with pytest.raises(ValueError, match="top_k=51"):
-        fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True)
+        run(student, weight, teacher, teacher_weight, token_weights, alpha=0.5, top_k=51, add_tail=True)
 
 
 def test_gradient_of_the_head_goes_into_a_given_buffer():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64)
     options = {"alpha": 0.5, "top_k": 10, "add_tail": True, "chunk_tokens": 4}
-    fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **options)[0].backward()
+    run(student, weight, teacher, teacher_weight, token_weights, **options)[0].backward()
     expected, expected_hidden = weight.grad.clone(), student.grad.clone()
     weight.grad = student.grad = None
     buffer = torch.ones_like(weight)
-    loss, _ = fused_linear_jsd(
-        student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer
-    )
+    loss, _ = run(student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer)
     loss.backward()
     assert weight.grad is None
     torch.testing.assert_close(buffer - 1, expected, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(student.grad, expected_hidden)
-    loss, _ = fused_linear_jsd(
-        student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer
-    )
+    loss, _ = run(student, weight, teacher, teacher_weight, token_weights, **options, weight_grad_into=buffer)
     with pytest.raises(RuntimeError):
         (2 * loss).backward()
 
@@ -142,7 +140,7 @@ def test_one_gradient_of_the_head_exists_at_one_time():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64, hidden=32, vocabulary=80)
     options = {"alpha": 0.5, "top_k": 10, "add_tail": True, "chunk_tokens": 4}
     with Alive(weight.numel() * weight.element_size()) as alive:
-        loss, _ = fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **options)
+        loss, _ = run(student, weight, teacher, teacher_weight, token_weights, **options)
         (3 * loss).backward(retain_graph=True)
     assert alive.most == 1
     before = weight.grad.clone()
@@ -154,9 +152,7 @@ def test_one_gradient_of_the_head_exists_at_one_time():
 def test_trust_region_teacher_is_a_mixture_of_logits():
     student, weight, teacher, teacher_weight, token_weights, *_ = problem(torch.float64)
     options = {"alpha": 0.5, "top_k": 10, "add_tail": True}
-    loss, _ = fused_linear_jsd(
-        student, weight, teacher, teacher_weight, token_weights, **options, temperature=1.3, teacher_mix=0.25
-    )
+    loss, _ = run(student, weight, teacher, teacher_weight, token_weights, **options, temperature=1.3, teacher_mix=0.25)
     logits, teacher_logits = student @ weight.t() / 1.3, teacher @ teacher_weight.t() / 1.3
     mixed = 0.75 * teacher_logits + 0.25 * logits.detach()
     expected = (generalized_jsd(logits, mixed, **options) * token_weights).sum()
@@ -171,16 +167,16 @@ def test_trust_region_teacher_is_a_mixture_of_logits():
 def test_rows_of_no_token_take_no_part(options, num_padding):
     """Heads with more rows than the vocabulary, as shards that must be equal have; their content is arbitrary."""
     student, weight, teacher, teacher_weight, token_weights, tokens, rollout = problem(torch.float64)
-    arguments = dict(**options, tokens=tokens, rollout_log_probs=rollout, max_importance_weight=2.0, teacher_mix=0.2)
-    loss, stats = fused_linear_jsd(student, weight, teacher, teacher_weight, token_weights, **arguments)
+    arguments = {**options, "sampled": Sampled(tokens, rollout), "max_importance_weight": 2.0, "teacher_mix": 0.2}
+    loss, stats = run(student, weight, teacher, teacher_weight, token_weights, **arguments)
     expected = [loss.detach(), *torch.autograd.grad(loss, (student, weight))]
     padding = torch.full((num_padding, weight.size(1)), 9.0, dtype=weight.dtype)
     padded, padded_teacher = (
         torch.cat([weight.detach(), padding]).requires_grad_(),
         torch.cat([teacher_weight, padding]),
     )
-    loss, padded_stats = fused_linear_jsd(
-        student, padded, teacher, padded_teacher, token_weights, **arguments, vocab_size=len(weight)
+    loss, padded_stats = run(
+        student, padded, teacher, padded_teacher, token_weights, **arguments, vocabulary=Vocabulary(None, len(weight))
     )
     hidden_grad, weight_grad = torch.autograd.grad(loss, (student, padded))
     assert not weight_grad[len(weight) :].any()

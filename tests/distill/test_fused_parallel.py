@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_vopd.distill.divergence import generalized_jsd
-from nemo_vopd.distill.fused import fused_linear_jsd
+from nemo_vopd.distill.fused import LossOptions, Policy, Sampled, fused_linear_jsd
 from nemo_vopd.distill.importance import importance_weights
+from nemo_vopd.distill.vocabulary import Vocabulary
 from tests.distributed import run_distributed
 
 H, V = 12, 64  # 16 rows on each of 4 ranks, so a support of 20 is larger than a shard
@@ -52,18 +53,12 @@ def fused_on_shards(dtype: torch.dtype):
         student.requires_grad_()
         shard = weight[rows].clone().requires_grad_()
         loss, stats = fused_linear_jsd(
-            student,
-            shard,
-            teacher,
-            teacher_weight[rows],
+            Policy(student, shard),
+            Policy(teacher, teacher_weight[rows]),
             token_weights,
-            **options,
-            temperature=0.9,
-            chunk_tokens=4,
-            tp_group=dist.group.WORLD,
-            tokens=tokens,
-            rollout_log_probs=rollout,
-            max_importance_weight=2.0,
+            LossOptions(**options, temperature=0.9, chunk_tokens=4, max_importance_weight=2.0),
+            sampled=Sampled(tokens, rollout),
+            vocabulary=Vocabulary(dist.group.WORLD, V),
         )
         loss.backward()
         results.append((loss.detach(), student.grad, shard.grad, vars(stats)))

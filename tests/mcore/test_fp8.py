@@ -174,5 +174,5 @@ def test_a_history_of_another_length_keeps_the_newest_values():
 
 
 def test_without_delayed_scaling_there_is_no_state(assets, tmp_path, groups):
-    assert fp8.scaling_state(build_vlm(tiny_config(assets, tmp_path), groups)) == {}
+    assert fp8.scaling_state({"student": build_vlm(tiny_config(assets, tmp_path), groups)}) == {}
     assert fp8.megatron_options(FP8Config()) == {}

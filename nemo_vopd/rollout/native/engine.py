@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nemo_vopd.batch import Rollout, Sample, View
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.native.batching import Counts, DecodingBatch, Limits, Request
 from nemo_vopd.rollout.native.stage import StagePass, TokenChoice
 
 
-class MegatronEngine:
+class MegatronEngine(RolloutEngine):
     """Samples from the student's own weights; nothing to synchronise."""
 
     def __init__(
@@ -41,9 +41,6 @@ class MegatronEngine:
             for sample, answers in zip(samples, responses, strict=True)
             for index, (tokens, log_probs) in enumerate(answers)
         ]
-
-    def sync_weights(self) -> None:
-        """Nothing to do: the engine reads the training weights."""
 
 
 class Decoder:

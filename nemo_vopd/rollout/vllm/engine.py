@@ -24,7 +24,7 @@ from torch import Tensor
 from nemo_vopd.batch import Rollout, Sample, View
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.vllm.server import Client
 from nemo_vopd.rollout.vllm.weight_sync import finish_together, together
 
@@ -32,7 +32,7 @@ _NEVER = -1e9
 """Added to the logit of a forbidden token: its probability is 0 in float32, and JSON has no infinity."""
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """Samples from vLLM servers that hold a copy of the student.
 
     A server must offer its development and token endpoints, as `rollout/vllm/serve.py` does. Its log-probs are those of

@@ -83,7 +83,7 @@ def make_traces(
         return []
     config, samples = model.config, [question.sample for question in questions]
     length = min(config.rollout.max_response_length, MAX_TOKENS)
-    params = dataclasses.replace(model.sampling_params(), n=1, max_response_length=length)
+    params = dataclasses.replace(model.sampling_params, n=1, max_response_length=length)
     decoder = Decoder(student, model.groups, config.rollout.max_batch_tokens, model.processor.decode)
     answers = decoder([s.student for s in samples], [s.id for s in samples], params)
     rollouts = [Rollout(sample, *answer[0]) for sample, answer in zip(samples, answers, strict=True)]

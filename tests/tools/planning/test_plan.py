@@ -89,7 +89,7 @@ def measure(config: Config) -> dict:
         plain(cache, *args)
 
     KVCache.__init__ = noted
-    params = model.sampling_params()
+    params = model.sampling_params
     model.engine.params = params.__class__(**{**vars(params), "end_token_ids": ()})
     rollouts = model.engine.generate(samples)
     tensors = [t for cache in caches for pair in (*cache.prompt.values(), *cache.response.values()) for t in pair]
@@ -117,7 +117,7 @@ def measure(config: Config) -> dict:
 
     assert model.student_optimizer.step(1e-5)[0]
     buffers = [buffer for ddp in model.student_ddp for buffer in ddp.buffers]
-    state = model.student_optimizer.state_shards()
+    state = model.student_optimizer.state_shards(model.student)
     moments = [shard for kind in ("exp_avg", "exp_avg_sq") for shard, _ in state[kind].values()]
     main = [shard for shard, _ in state["student"].values()] if megatron.bf16 else []
     frozen = storage_bytes(p for p in model.student.parameters() if not p.requires_grad)  # the teacher's as well
