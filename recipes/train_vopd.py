@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     signals.listen()
     config = from_hydra(cfg)
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
-    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
+    from nemo_vopd.tools.during_training import GapDuringTraining
     from nemo_vopd.training.run import train  # Megatron takes seconds to import: mistakes are told first
 
     train(config, signals, GapDuringTraining(config))

@@ -1,31 +1,16 @@
 """Who may import what, read from the syntax tree: no circles, no tool in the run, Megatron behind its doors."""
 
-import ast
+import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "nemo_vopd"
-FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+assert spec is not None and spec.loader is not None
+architecture = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(architecture)
 
-
-def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere, inside functions and under TYPE_CHECKING too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def modules_of(names: set[str]) -> set[str]:
-    """The modules of this package among imported `names`: a name may be a module or something in one."""
-    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
-
-
-IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+FILES, MODULES = architecture.FILES, architecture.MODULES
+IMPORTS = {name: architecture.imports(path) for name, path in MODULES.items()}
 
 
 def importers(prefix: str, among=MODULES) -> set[str]:
@@ -38,11 +23,15 @@ def below(*folders: str) -> set[str]:
 
 def test_there_is_no_circle():
     """Modules are taken away whose imports are all gone already, until none is left; a circle would stay."""
-    left = {name: modules_of(used) - {name} for name, used in IMPORTS.items()}
+    left = {name: architecture.modules_of(used) - {name} for name, used in IMPORTS.items()}
     while free := [name for name, used in left.items() if not used & left.keys()]:
         for name in free:
             del left[name]
     assert not left, {name: used & left.keys() for name, used in left.items()}
+
+
+def test_the_picture_is_up_to_date():
+    assert architecture.mermaid() in architecture.DOCUMENT.read_text(), "run python docs/architecture.py"
 
 
 def test_the_run_uses_no_tool():

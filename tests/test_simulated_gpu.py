@@ -130,7 +130,7 @@ def check_waits(waits):
 
 
 def fit(config):
-    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
+    from nemo_vopd.tools.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
     train(config, evaluation=GapDuringTraining(config))

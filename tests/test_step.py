@@ -51,7 +51,7 @@ LAYOUTS = {
 
 def train_and_collect(config: Config):
     """Train and return metrics and (student, teacher) weights by canonical name, of this pipeline stage."""
-    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
+    from nemo_vopd.tools.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
     model = train(config, evaluation=GapDuringTraining(config))

@@ -12,7 +12,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_vopd.config import Config, DataConfig
 from nemo_vopd.model import VisionOPDModel
-from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
+from nemo_vopd.tools.during_training import GapDuringTraining
 from nemo_vopd.tools.evaluation.gap import Gap, evaluate_directory
 from nemo_vopd.tools.report.examples import NUM_EXAMPLES, make_examples, make_traces, read_questions
 from nemo_vopd.tools.report.examples_file import Examples, write_examples

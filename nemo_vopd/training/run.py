@@ -31,7 +31,7 @@ from nemo_vopd.vlm.build import check_model, shape_of
 
 
 class Evaluation(Protocol):
-    """Measures a run between its steps; recipes pass `tools.evaluation.during_training` in."""
+    """Measures a run between its steps; recipes pass `tools.during_training` in."""
 
     def begin(self) -> None:
         """Forget what an earlier run left in the folder: this one starts at step 0."""

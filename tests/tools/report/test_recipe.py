@@ -19,7 +19,7 @@ def report(*arguments: object, cwd: Path = ROOT) -> Finished:
 
 def train(config) -> None:
     from nemo_vopd.mcore import parallel
-    from nemo_vopd.tools.evaluation.during_training import GapDuringTraining
+    from nemo_vopd.tools.during_training import GapDuringTraining
     from nemo_vopd.training.run import train
 
     train(config, evaluation=GapDuringTraining(config))
