@@ -1,10 +1,10 @@
-"""What flows between the parts: samples, views, rollouts, microbatches, and their shape law.
+"""What flows between the parts: samples, views, rollouts and microbatches.
 
-Shape law. A microbatch holds b sequences `prompt ++ response`, packed one after the other to S tokens. Its T
-response tokens (of all b sequences, concatenated in order) are predicted by T *response rows* of the final hidden
-states [S, 1, H]: response token j of sequence i is predicted at start[i] + prompt_length[i] - 1 + j
-(docs/algorithm.md section 4). The student and the teacher microbatch of one index hold the same responses
-in the same order, so row t of one belongs to row t of the other.
+All parts agree on one layout. A microbatch holds b sequences `prompt ++ response`, packed one after the other to S
+tokens. Its T response tokens (of all b sequences, concatenated in order) are predicted by T *response rows* of the
+final hidden states [S, 1, H]: response token j of sequence i is predicted at start[i] + prompt_length[i] - 1 + j
+(docs/algorithm.md section 4). The student and the teacher microbatch of one index hold the same responses in the same
+order, so row t of one belongs to row t of the other.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class View:
 
 
 class RecordKey(NamedTuple):
-    """Which record a prompt was made of, and for which time: no two prompts of a run share a key.
+    """Identity of a prompt within a run: which record it was made of, and how often that was read before.
 
-    Random draws, dumped rollouts and their replay go by it, because two data sets may use the same sample ids.
+    Random draws, dumped rollouts and replay use it, because two data sets may use the same sample ids.
     """
 
     data_set: int
-    """Number of the data set in its blend; 0 where there is one."""
+    """Number of the data set in its blend, 0 for a single data set."""
     record: int
     """Number of the record in its data set, in stored order."""
     occurrence: int = 0
-    """How often the run has read the record before."""
+    """Number of times that the run has read the record before."""
 
     def __str__(self) -> str:
         return "/".join(map(str, self))
@@ -86,7 +86,7 @@ class PromptBatch:
 
 @dataclass
 class Rollout:
-    """One response the student sampled to one sample."""
+    """One response that the student sampled for one sample."""
 
     sample: Sample
     token_ids: Tensor
@@ -94,7 +94,7 @@ class Rollout:
     log_probs: Tensor
     """[R] float32: log p of each token under the engine's temperature-scaled full vocabulary."""
     index: int = 0
-    """0 .. n-1, the number of this response among those of the sample."""
+    """Number of this response among those of the sample, from 0 to n-1."""
 
 
 def blank_rollout(pad_token_id: int) -> Rollout:
@@ -111,19 +111,19 @@ def blank_rollout(pad_token_id: int) -> Rollout:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which of the packed tokens are one sequence, and whose images they show.
+    """Where each packed sequence begins, and which prompt's images it shows.
 
-    It travels through Megatron's layers to attention in the place of their `PackedSeqParams`.
+    Megatron's layers hand it on to attention in the place of their `PackedSeqParams`.
     """
 
     lengths: tuple[int, ...]
-    """Of each sequence, in tokens; the last one may be padding."""
+    """Number of tokens of each sequence; the last one may be padding."""
     starts: Tensor
-    """[len(lengths) + 1] int32: where they begin, and the number S of all tokens."""
+    """[len(lengths) + 1] int32: position at which each sequence begins, and the number S of all tokens."""
     patches: tuple[int, ...] = ()
-    """Of each prompt, in patches of all its images: the vision tower sees them once for all responses."""
+    """Number of image patches of each prompt, which the vision tower computes once for all responses."""
     prompts: tuple[int, ...] = ()
-    """Of each sequence, padding excepted: which of these prompts it begins with."""
+    """Number of the prompt that each sequence, except padding, begins with."""
 
     # Not Megatron's "thd": its rotary embedding would wait for the GPU in every layer to cut the angles into sequences,
     # and ours are those of each token.
@@ -149,7 +149,7 @@ class Packing:
 
 @dataclass
 class MicroBatch:
-    """b packed sequences of one view, with the rows that predict response tokens (see the shape law)."""
+    """b packed sequences of one view, with the rows that predict response tokens (see the top of this file)."""
 
     token_ids: Tensor
     """[S] int64."""
@@ -157,7 +157,7 @@ class MicroBatch:
     """[3, S] int64: M-RoPE positions, from 0 in each sequence."""
     packing: Packing
     pixel_values: Tensor
-    """[N, D] float32, the images of each prompt once, in the order of `packing.patches`."""
+    """[N, D] float32: the patches of each prompt once, in the order of `packing.patches`."""
     grid_thw: Tensor
     """[num_images, 3] int64, in host memory."""
     response_rows: Tensor
@@ -168,10 +168,10 @@ class MicroBatch:
     """[T] float32: the engine's log p of those tokens."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """A copy on `device`, its images excepted.
+        """A copy on `device`, except for the images.
 
-        Their patches follow one microbatch at a time (`mcore.schedule`): those of a whole step would take 24 MB for
-        each sequence with an image of a million pixels. Their grids are read by the host, which would wait for them.
+        Patches follow one microbatch at a time (`mcore.schedule`), because those of a whole step would take 24 MB for
+        each sequence with an image of a million pixels. The host reads the grids and would wait for them.
         """
         images = {"pixel_values": self.pixel_values, "grid_thw": self.grid_thw}
         others = {name: value for name, value in vars(self).items() if name not in images}
@@ -233,9 +233,9 @@ def pack(
 def split_by_token_budget(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Group rollouts so that neither view of a group has more than `max_tokens` tokens.
 
-    Both views count (docs/algorithm.md section 5): each fills its own microbatch. The responses to one sample stay
-    together as far as they fit, since they share its images, else they are divided evenly; the largest such parts
-    choose first, each the first group with room. Every rollout appears once; one longer than the budget stands alone.
+    Both views count, because each fills a microbatch of its own (docs/algorithm.md section 5). Responses to one sample
+    share its images, so they stay together where they fit and are divided evenly where they do not. The largest parts
+    are placed first, each into the first group with room. A rollout longer than the budget has a group of its own.
     """
     by_sample: dict[int, list[Rollout]] = {}
     for rollout in rollouts:

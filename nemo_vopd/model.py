@@ -31,8 +31,7 @@ from nemo_vopd.mcore.strategy import count_from
 from nemo_vopd.mcore.teacher_weights import ShardedWeights
 from nemo_vopd.rollout.build import EngineInputs, ServerPlace, build_engine
 from nemo_vopd.rollout.engine import SamplingParams
-from nemo_vopd.training.metrics import Timers
-from nemo_vopd.training.reporter import Reporter, step_sums
+from nemo_vopd.training.metrics import Reporter, Timers, step_sums
 from nemo_vopd.training.saving import Checkpointer
 from nemo_vopd.training.stopping import FINISHED, RunControl
 from nemo_vopd.vlm.build import build_twin, build_vlm, freeze, shape_of

@@ -90,10 +90,9 @@ def test_a_process_that_does_not_see_its_gpu_says_so():
 
 
 WAITS = {
-    "nemo_vopd/training/metrics.py": "the clock of a phase",
+    "nemo_vopd/training/metrics.py": "the clock of a phase, the numbers of a step",
     "nemo_vopd/rollout/native/batching.py": "the tokens of a step of decoding",
     "nemo_vopd/distill/divergence.py": "whether a chunk has ties at its top-k",
-    "nemo_vopd/training/reporter.py": "the numbers of a step",
     "nemo_vopd/training/stopping.py": "the numbers of a step",
     "core/distributed/finalize_model_grads.py": "the number of tokens",
     "core/optimizer/clip_grads.py": "the gradient's norm",
@@ -110,7 +109,7 @@ COPIES = {
     "nemo_vopd/rollout/native/stage.py": "what is never drawn, once for all prompts of a step",
     "nemo_vopd/rollout/native/batching.py": "new prompts, and which rows there are when some have ended",
     "nemo_vopd/rollout/native/cache.py": "new prompts, and which rows there are when some have ended",
-    "nemo_vopd/training/reporter.py": "the numbers of a step",
+    "nemo_vopd/training/metrics.py": "the numbers of a step",
     "nemo_vopd/training/stopping.py": "the numbers of a step",
 }
 """What our code copies from host memory to the device, a wait, too; never in a layer, at a token or for a chunk."""

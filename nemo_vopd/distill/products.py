@@ -1,4 +1,4 @@
-"""Products of bf16 matrices that end in float32, as a GPU sums them, without a bf16 result in between."""
+"""Products of bf16 matrices with a float32 result, which a GPU computes without rounding to bf16 in between."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 8192
-"""Of a product that has to be made before it is added."""
+"""Number of rows in which a product is computed where PyTorch cannot add it directly."""
 
 
 @functools.cache

@@ -117,7 +117,7 @@ class FusedCoreAttention(CoreAttention):
 
 
 def _own(x: Tensor) -> Tensor:
-    """`x` in memory of its own: of one token and head, a part of queries, keys and values counts as contiguous too."""
+    """A contiguous copy of `x`; a view that starts inside a larger tensor may count as contiguous and is copied too."""
     return x.clone() if x.storage_offset() and x.is_contiguous() else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""What one rank holds of a model: the chunks of its pipeline stage behind one interface."""
+"""The part of a model on one rank: the chunks of its pipeline stage behind one interface."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ServerPlace(NamedTuple):
     """Where a vLLM server of a run starts, and from what."""
 
     model_dir: str
-    """Model directory, of which the student's weights keep names and format."""
+    """Model directory that the server loads; weights are sent in its format."""
     folder: Path
     """Folder of the run, for the log and for weights on their way."""
     num_nodes: int

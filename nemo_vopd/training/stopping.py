@@ -18,7 +18,7 @@ from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import seconds
 
 REASONS = ("max_steps", "early_stop", "max_time", "SIGTERM", "SIGUSR1")
-"""Why a run ends in order. After the first two it is finished; after the others it can be resumed."""
+"""Reasons for an orderly end. After the first two a run is finished; after the others it can be resumed."""
 FINISHED = ("max_steps", "early_stop")
 
 
@@ -26,7 +26,7 @@ class RunControl:
     """The reason to stop, if there is one, and how many bad updates came in a row."""
 
     def __init__(self, config: Config) -> None:
-        """Start the clock of `trainer.max_time`; whoever runs the model enters `signals`, or puts others there."""
+        """Start the clock of `trainer.max_time`. `signals` listens once it is entered, and may be replaced before."""
         self.config = config
         self.status_file = Path(config.exp_manager["exp_dir"]) / "status.json"
         self.signals = StopSignals()

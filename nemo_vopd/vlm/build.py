@@ -53,12 +53,12 @@ def hf_config(config: Config) -> Any:
 
 
 def weights_dtype(config: Config) -> torch.dtype:
-    """Of weights and activations; the model's directory is read only if `precision.dtype` leaves it open."""
+    """Number format of weights and activations; reads the model's directory only if `precision.dtype` is auto."""
     return dtype_of(hf_config(config) if config.precision.dtype == "auto" else None, config)
 
 
 def dtype_of(hf: Any, config: Config) -> torch.dtype:
-    """Of weights and activations: `precision.dtype`; auto is float32 for a float32 directory, bfloat16 for others."""
+    """Number format of weights and activations; auto means float32 for a float32 directory, else bfloat16."""
     if config.precision.dtype == "auto":
         return torch.float32 if hf.dtype == torch.float32 else torch.bfloat16
     return DTYPES[config.precision.dtype]

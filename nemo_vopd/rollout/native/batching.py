@@ -1,4 +1,4 @@
-"""Continuous batching: prompts that are decoded together, one token at a time, and take the places of ended ones."""
+"""Continuous batching: responses are decoded together, and new prompts take the places of those that have ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_vopd.rollout.native.sampling import uniforms
 from nemo_vopd.rollout.native.stage import StagePass, TokenChoice
 
 PROMPT_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of prompts in one pass, by kind of device: enough to be busy, and what they pass through stays in the cache
-of a CPU, or small on a GPU. A longer prompt has a pass of its own."""
+"""Number of prompt tokens in one pass by kind of device: enough to keep it busy, few enough for the caches of a CPU
+and the memory of a GPU. A longer prompt has a pass of its own."""
 
 _ENDED_SHARE = 1 / 16
-"""Ended rows are computed along until they are this share: moving others into their places has a price, too."""
+"""Share of ended rows at which others move into their places; until then they are computed in vain."""
 
 _FREE_SHARE = 1 / 8
-"""New prompts wait until this share of the rows is free: several are computed together, decoding pauses less often."""
+"""Share of free rows at which new prompts are taken: several together interrupt decoding less often."""
 
 _WORTHWHILE = 1.25
-"""When prompts are shorter than those before, the cache is divided anew for so many times the rows."""
+"""Factor in the number of rows for which the cache is divided again, when prompts have become shorter."""
 
 
 @dataclass
@@ -35,42 +35,42 @@ class Request:
 
     view: View
     key: str
-    """What its random draws go by: no two prompts of a run share it."""
+    """Seed of its random draws, different for every prompt of a run."""
     answers: list[tuple[Tensor, Tensor]]
-    """n pairs (token_ids [R], log_probs [R]), set when a response has ended."""
+    """n pairs (token_ids [R], log_probs [R]), each set when its response has ended."""
 
 
 @dataclass
 class Row:
-    """One response in the making."""
+    """One response that is being decoded."""
 
     request: Request
     index: int
-    """0 .. n-1 among the responses to its request."""
+    """Number among the responses to its request, from 0 to n-1."""
     slot: int
     start: int
-    """Position of its first token."""
+    """M-RoPE position of its first token."""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
     age: int = -1
-    """Tokens of it in the cache; those of an ended row still grow."""
+    """Number of its tokens in the cache, which grows until an ended row is given away."""
 
 
 @dataclass
 class Counts:
-    """What decoding has computed so far."""
+    """Amount of work that decoding has done so far."""
 
     prompt_tokens: int = 0
-    """Each prompt once for its n responses, and packed: none of them is padding."""
+    """Number of prompt tokens; each prompt counts once for its n responses, and there is no padding."""
     steps: int = 0
-    """Steps of one token."""
+    """Number of passes of one token for every row."""
     row_steps: int = 0
-    """Rows in all these steps."""
+    """Number of rows, summed over these passes."""
     ended_row_steps: int = 0
-    """Of these, rows whose response had ended."""
+    """Number of ended rows among them."""
     most_rows: int = 0
-    """In one step."""
+    """Largest number of rows in one pass."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,16 @@ class DecodingBatch:
         return prompt + self.params.n * self.params.max_response_length
 
     def _layout(self, width: int) -> tuple[int, int, int]:
-        """How many slots, of `width` positions, and rows fit."""
+        """Number of slots with `width` positions, `width`, and number of rows that fit."""
         n, positions = self.params.n, self.cache.num_positions
         slots = min(self.limits.num_requests, positions // self._cost(width))
         if slots < self.limits.num_requests and n > 1:
-            # A prompt stays until its last response has ended: with more slots, the rows of others are used again.
+            # A prompt stays until its last response has ended; spare slots let other rows be used again meanwhile.
             slots = max(slots, min(self.limits.num_requests, 2 * (positions // (width + self._cost(width)))))
         return slots, width, min(slots * n, (positions - slots * width) // self.params.max_response_length)
 
     def take(self) -> bool:
-        """Take the drawn tokens, if any, and choose the next input; False when nothing is left to do."""
+        """Record the drawn tokens, if any, and choose the next input; False when nothing is left to do."""
         if self.drawn is not None:
             self._record(self.drawn)
         self._compact()
@@ -132,7 +132,7 @@ class DecodingBatch:
         return bool(self.rows or self.feeding)
 
     def _record(self, drawn: Tensor) -> None:
-        """Append the drawn tokens to their rows; those of prompts begin new rows."""
+        """Append the drawn tokens to their rows; first tokens begin new rows."""
         if self.handle is not None:
             self.handle.wait()
         rows, n = self.rows, self.params.n
@@ -161,7 +161,7 @@ class DecodingBatch:
                 row.request.answers[row.index] = torch.tensor(row.tokens), torch.tensor(row.log_probs)
 
     def _compact(self) -> None:
-        """Give the places of ended rows, once there are enough of them, to those that go on."""
+        """Move rows that go on into the places of ended ones, once there are enough of them."""
         ended = [row for row in self.rows if row.ended]
         # a row without a place for the next token cannot wait
         full = any(row.age == self.params.max_response_length - 1 for row in ended)
@@ -181,7 +181,7 @@ class DecodingBatch:
         self.changed = True
 
     def _admit(self) -> None:
-        """Take requests from the queue, as many as fit and as one pass computes well."""
+        """Take as many requests from the queue as fit into the cache and into one pass."""
         if not self.queue or (not self.limits.continuous and any(row.age > 0 for row in self.rows)):
             return
         width = max(request.view.num_tokens for request in (*self.prompts, self.queue[0]))
@@ -245,7 +245,7 @@ class DecodingBatch:
 
 
 def _fill_up(kept: list[bool]) -> list[int]:
-    """The numbers of those kept, the last of them in the places of the others: few change theirs."""
+    """Indices of those kept, the last ones in the places of those that go: few change their place."""
     num = sum(kept)
     last = iter([i for i in range(num, len(kept)) if kept[i]])
     return [i if kept[i] else next(last) for i in range(num)]

@@ -1,4 +1,4 @@
-"""Keys and values while sampling: prompts once for all their responses, written in place, places used again."""
+"""The key-value cache of decoding: a prompt is stored once for all its responses (prefix sharing)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Pair = tuple[Tensor, Tensor]
 class KVCache:
     """Keys and values of prompts and of their responses, in `num_positions` positions of each layer.
 
-    A prompt has a slot, read by all its responses; a response has a row. Slots and rows in use are the first ones:
-    others move into the places that are freed. One object serves all layers of a pipeline stage. Before each pass
-    its owner says what is fed: whole prompts (`feed_prompts`) or one token of each row (`feed_tokens`).
+    A prompt has a slot, which all its responses read, and a response has a row. Slots and rows in use are always the
+    first ones, because others move into places that become free. One object serves all layers of a pipeline stage.
+    Before each pass its owner announces whole prompts (`feed_prompts`) or one token of each row (`feed_tokens`).
     """
 
     def __init__(self, num_positions: int, response_width: int) -> None:
-        """`response_width`: positions of a row. Memory is taken at the first pass."""
+        """`response_width` is the number of positions of a row. Memory is allocated at the first pass."""
         self.num_positions, self.response_width = num_positions, response_width
         self.num_slots = self.prompt_width = self.num_rows = 0
         self.prompt: dict[int, Pair] = {}
@@ -33,7 +33,7 @@ class KVCache:
         self._runs: list[tuple[int, int, int, int]] | None = None
 
     def lay_out(self, num_slots: int, prompt_width: int, num_rows: int) -> None:
-        """Divide the positions anew; what slots and rows in use hold moves along, one layer at a time."""
+        """Divide the positions into slots and rows of other sizes, and move what is in use, one layer at a time."""
         assert num_slots * prompt_width + num_rows * self.response_width <= self.num_positions
         width = min(self.prompt_width, prompt_width)
         self.num_slots, self.prompt_width, self.num_rows = num_slots, prompt_width, num_rows
@@ -56,7 +56,7 @@ class KVCache:
         self.response[layer] = key.view(rows), value.view(rows)
 
     def keep(self, slots: list[int], rows: list[int]) -> None:
-        """Go on with `slots` and `rows`, in this order; most are where they were."""
+        """Keep only `slots` and `rows`, in this order; few of them change their place."""
         self._slots, self._rows = len(slots), len(rows)
         for stores, order in ((self.prompt, slots), (self.response, rows)):
             moves = [(i, old) for i, old in enumerate(order) if i != old]
@@ -66,7 +66,7 @@ class KVCache:
                     store[to] = store[old]
 
     def arrange(self, lengths: list[int], slots: list[int], ages: list[int], device: torch.device) -> None:
-        """Say what is in use: a slot for each of `lengths`; for each of `slots` a row that holds `ages` tokens."""
+        """Set what is in use: a slot for each prompt length, and rows that hold `ages` tokens and read `slots`."""
         self._slots, self._rows = len(lengths), len(slots)
         self._longest, self._oldest, self._youngest = max(lengths), max(ages), min(ages)
         self._padding = _padding(lengths, device)
@@ -80,13 +80,13 @@ class KVCache:
         grid = [slot * self._share + number for slot, number in places]
         self._grid: Pair | None = None
         if grid != list(range(len(lengths) * self._share)):
-            row_of = [0] * (len(lengths) * self._share)  # a place without a row computes the first one once more
+            row_of = [0] * (len(lengths) * self._share)  # places without a row repeat the first row
             for row, place in enumerate(grid):
                 row_of[place] = row
             self._grid = torch.tensor(grid, device=device), torch.tensor(row_of, device=device)
 
     def feed_prompts(self, lengths: list[int], device: torch.device) -> None:
-        """The next pass takes whole prompts of `lengths`, one after the other, into as many new slots."""
+        """Announce whole prompts of `lengths`, packed, which go into new slots."""
         self._first_slot, self._slots = self._slots, self._slots + len(lengths)
         self._runs, start = [], 0  # [slot, number, length, first token]: neighbours of one length, attended together
         for i, length in enumerate(lengths):
@@ -98,29 +98,29 @@ class KVCache:
             start += length
         self._new_longest, self._new_padding = max(lengths), _padding(lengths, device)
         self.last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        """[b]: where the prompts end among the tokens fed."""
+        """[b]: index of the last token of each prompt among the tokens fed."""
 
     def feed_tokens(self) -> None:
-        """The next pass takes the next token of each row."""
+        """Announce the next token of each row."""
         self._runs = None
         self._later: Tensor | None = None
-        if self._oldest > self._youngest:  # [rows, 1, positions]: what rows younger than the oldest do not have
+        if self._oldest > self._youngest:  # [rows, 1, positions]: positions that younger rows lack
             self._later = torch.arange(self._oldest + 1, device=self.ages.device) > self.ages[:, None]
             self._later = self._later[:, None, None]
 
     def fed(self) -> None:
-        """The pass of `feed_tokens` has gone through all layers."""
+        """Note that all layers have stored the token of each row."""
         self.ages += 1
         self._oldest, self._youngest = self._oldest + 1, self._youngest + 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, last_only: bool) -> Tensor:
-        """Store key, value [T, g, d] of the tokens fed, attend with query [T, g, q, d]; returns [T, g * q * d].
+        """Store key and value [T, g, d] of the tokens fed and attend with query [T, g, q, d]; returns [T, g * q * d].
 
-        With `last_only`, of a pass of prompts, the last token of each alone attends: [b, g * q * d].
+        With `last_only` in a pass of prompts, only the last token of each prompt attends: [b, g * q * d].
         """
         if layer not in self._memory:
             size = self.num_positions * key[0].numel()
-            # zeros: positions that are masked count nothing only as long as what they hold is finite
+            # zeros, because a masked position contributes 0 * its value, which must be finite
             self._memory[layer] = key.new_zeros(size), value.new_zeros(size)
             self._divide(layer, *key.shape[1:])
         if self._runs is None:
@@ -188,7 +188,7 @@ class KVCache:
 
 
 def _padding(lengths: list[int], device: torch.device) -> Tensor | None:
-    """[b, longest] bool: the positions that shorter prompts do not have; None when all have one length."""
+    """[b, longest] bool: positions beyond the end of shorter prompts; None when all have one length."""
     longest = max(lengths)
     if min(lengths) == longest:
         return None

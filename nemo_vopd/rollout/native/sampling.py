@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform number for each request and position, so responses do not depend on the layout.
+"""Drawing tokens with one uniform number for each request and position, so that no layout changes a response.
 
 The number comes from a counter-based generator keyed by seed, prompt and number of the response: any batch composition
 and any tensor, pipeline or data parallel layout draws the same token from the same logits, and a resumed run needs no
@@ -99,4 +99,4 @@ def _first_above(ends: Tensor, threshold: Tensor) -> Tensor:
     found = torch.searchsorted(ends, threshold, right=True)
     # round-off may put the threshold at the very end: then the last entry of positive mass
     found = torch.minimum(found, torch.searchsorted(ends, ends[..., -1:].contiguous()))
-    return found.clamp_(max=ends.size(-1) - 1)  # of a model that has become NaN nothing exceeds anything
+    return found.clamp_(max=ends.size(-1) - 1)  # NaN logits compare false everywhere and would give V

@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face files, and how the matrices that Megatron fuses are made of them.
+"""Names of tensors in Hugging Face files, and the matrices that Megatron fuses from them.
 
 Names are canonical here: `visual.*`, `embed_tokens.*`, `layers.N.*`, `norm.*`, `lm_head.*`. The prefixes `model.`,
 `model.language_model.` and `model.visual.` of older and newer files are taken off.

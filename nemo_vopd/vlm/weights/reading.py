@@ -95,12 +95,12 @@ def load_hf(stage: Stage, path: str | Path, groups: ProcessGroupCollection) -> N
             else:
                 value = torch.cat(parts) if rule.split == "gated" else parts[0]
             parameter[: value.shape[0]].copy_(value)
-            parameter[value.shape[0] :] = 0  # rows of no token
+            parameter[value.shape[0] :] = 0  # vocabulary padding
             bar.update(parameter.numel())
 
 
 def _local_part(reader: HFReader, name: str, parameter: Tensor, rule: WeightRule, groups: ProcessGroupCollection):
-    """This rank's part of the Hugging Face tensor `name`, of which `parameter` is made."""
+    """This rank's part of the Hugging Face tensor `name`, which is all or a part of `parameter`."""
     if rule.split == "replicated":
         return reader.read(name)
     rank, size, shape = groups.tp.rank(), groups.tp.size(), reader.shape(name)
