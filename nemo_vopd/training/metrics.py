@@ -26,7 +26,7 @@ from nemo_vopd.rollout.replay import dump, to_record
 from nemo_vopd.views import DROP_REASONS
 
 _NUM_SUMS = 10
-"""Number of sums in `step_sums`: loss, tokens, six fields of TokenStats, two of `mismatch`, whose third is a maximum."""
+"""Number of sums in `step_sums`: loss, tokens, six fields of TokenStats, two of `mismatch`; a maximum follows."""
 _TOO_FEW = 2
 """Number of unusable records that never ends a run: a share of a handful says nothing."""
 
