@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
+from nemo_vopd.options import bounded
 from nemo_vopd.validation import from_hydra
 
 
@@ -27,9 +28,10 @@ class GenerateConfig(Config):
     """Image file."""
     prompt: str = "???"
     """The question, without any template."""
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the most likely token."""
+    max_new_tokens: int = bounded(128, at_least=1)
+    """Largest number of tokens of the reply."""
+    temperature: float = bounded(0.0, at_least=0)
+    """Sampling temperature; 0 takes the most likely token."""
 
 
 ConfigStore.instance().store(name="nemo_vopd_generate", node=GenerateConfig)
@@ -38,10 +40,6 @@ ConfigStore.instance().store(name="nemo_vopd_generate", node=GenerateConfig)
 def main(cfg: DictConfig) -> None:
     """Check the request, then answer it."""
     config = from_hydra(cfg, GenerateConfig)
-    if config.max_new_tokens < 1:
-        raise OptionError("max_new_tokens", config.max_new_tokens, "must be at least 1", "set max_new_tokens=128")
-    if config.temperature < 0:
-        raise OptionError("temperature", config.temperature, "must not be negative", "set temperature=0 for greedy")
     if not Path(config.image).is_file():
         raise OptionError("image", config.image, "is not a file", "give an image file")
     from nemo_vopd.tools.generate import generate  # Megatron takes seconds to import: mistakes are told first

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))  # this environment has NeMo-Run and not this pack
 from nemo_vopd.cli import fail, run_recipe  # noqa: E402
 from nemo_vopd.config import Config  # noqa: E402
 from nemo_vopd.errors import OptionError, RunError  # noqa: E402
+from nemo_vopd.options import bounded  # noqa: E402
 from nemo_vopd.validation import from_hydra, typed  # noqa: E402
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -43,38 +44,38 @@ POLL_SECONDS, LOST_AFTER = 3, 200
 class LaunchConfig:
     """Where a run is started, and how."""
 
-    executor: str = "local"
-    """local (torchrun on this machine) | slurm (one task for each GPU, from a login node)"""
+    executor: str = bounded("local", one_of=("local", "slurm"))
+    """Place of the run: this machine by torchrun, or a cluster by Slurm, with one task for each GPU."""
     name: str | None = None
-    """Of the job, after `vopd-`; null takes the name of the configuration."""
+    """Name of the job after `vopd-`; null takes the name of the configuration."""
     python: str | None = None
     """Interpreter with torch; null takes `python` in an image and .venv/bin/python of this checkout without one."""
     folder: str = "runs/launch"
-    """Where NeMo-Run keeps the scripts it starts and their logs; on a cluster, a folder that every node sees."""
+    """Folder of the scripts that NeMo-Run starts and of their logs; on a cluster, one that every node sees."""
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     """Environment of every process, `+env.NCCL_DEBUG=INFO`; slurm/environment.sh sets what is not set."""
     dry_run: bool = False
     """Print what would be started, start nothing."""
-    nproc: int = 1
-    """Processes with executor=local. What follows is for executor=slurm."""
+    nproc: int = bounded(1, at_least=1)
+    """Number of processes with executor=local. The options below are for executor=slurm."""
     partition: str | None = None
     account: str | None = None
     time: str = "04:00:00"
-    nodes: int | None = None
-    """null takes num_nodes of the training configuration; a number replaces it."""
-    gpus_per_node: int = 8
-    """One task is started for each; 0 for machines without GPUs."""
-    tasks_per_node: int = 1
-    """Where gpus_per_node=0."""
-    cpus_per_task: int | None = None
+    nodes: int | None = bounded(None, at_least=1)
+    """Number of nodes, which replaces num_nodes of the training configuration; null keeps that."""
+    gpus_per_node: int = bounded(8, at_least=0)
+    """Number of GPUs and of tasks on each node; 0 for machines without GPUs."""
+    tasks_per_node: int = bounded(1, at_least=1)
+    """Number of tasks on each node with gpus_per_node=0."""
+    cpus_per_task: int | None = bounded(None, at_least=1)
     mem: str | None = "0"
     """Memory of each node; 0 is all of it."""
     exclusive: bool = True
-    """Share no node with other jobs."""
+    """Whether nodes are not shared with other jobs."""
     signal: str = "USR1@600"
     """Signal and seconds before the end of `time`: enough for a step and a save, and less than `time` is."""
-    retries: int = 0
-    """How often the job returns to the queue and goes on when it failed or ended unfinished (time limit, signal)."""
+    retries: int = bounded(0, at_least=0)
+    """Number of times that a job that failed or ended unfinished (time limit, signal) returns to the queue."""
     image: str | None = None
     """Container image for pyxis (a .sqsh file or a registry's name); null runs on the bare nodes."""
     mounts: list[str] = dataclasses.field(default_factory=list)
@@ -191,15 +192,8 @@ def read_training(arguments: list[str]) -> tuple[str, Config]:
 
 def check(launch: LaunchConfig, config: Config) -> None:
     """Raise OptionError for what would fail only once the job has waited for its nodes."""
-    if launch.executor not in ("local", "slurm"):
-        raise OptionError("executor", launch.executor, "must be one of local, slurm", "set executor=local")
     if launch.name is not None and not re.fullmatch(r"[\w.-]+", launch.name):
         raise OptionError("name", launch.name, "must be letters, digits, '.', '_' and '-'", "set name=vision_opd")
-    minima = {"nproc": 1, "nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "retries": 0}
-    for option, least in minima.items():
-        value = getattr(launch, option)
-        if value is not None and value < least:
-            raise OptionError(option, value, f"must be at least {least}", f"set {option}={least} or more")
     if launch.executor == "slurm" and not launch.dry_run and shutil.which("sbatch") is None:
         raise OptionError("executor", "slurm", "there is no sbatch here", "start it on a login node, or dry_run=true")
     num_processes = launch.nproc if launch.executor == "local" else config.num_nodes * tasks_per_node(launch)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.errors import OptionError
+from nemo_vopd.options import bounded
 from nemo_vopd.tools.prepare.columns import Columns
 from nemo_vopd.tools.prepare.intake import HINT
 from nemo_vopd.tools.prepare.prepare import interruptible, prepare
@@ -60,7 +61,8 @@ class PrepareConfig:
     """Replace `output` when it is a prepared data set."""
     preview: bool = False
     """Write a picture of some records to OUTPUT.preview.png and stop."""
-    preview_samples: int = 12
+    preview_samples: int = bounded(12, at_least=1)
+    """Number of records in the preview."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Crop policy of the preview and the data card; training has its own, data.crop."""
     crop_pixels: PixelConfig = field(default_factory=PixelConfig)
@@ -130,8 +132,6 @@ def _check_preview(config: PrepareConfig) -> None:
     if not 1 <= least <= most:
         rule = f"must lie between 1 and crop_pixels.max_pixels={most}"
         raise OptionError("crop_pixels.min_pixels", least, rule, "lower it or raise crop_pixels.max_pixels")
-    if config.preview_samples < 1:
-        raise OptionError("preview_samples", config.preview_samples, "must be at least 1", "set preview_samples=12")
 
 
 def _verify(path: str, workers: int) -> None:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config, OptimizerConfig
 from nemo_vopd.errors import OptionError
+from nemo_vopd.options import bounded
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.synthetic import write_digits
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
@@ -38,11 +39,14 @@ PARTS = ("data", "init", "base", "student")
 class WarmupOptions:
     """The supervised phase that opens the gap."""
 
-    steps: int = 800
-    batch_size: int = 32
-    num_samples: int = 8192
-    full_fraction: float = 0.3125
-    """Share of warm-up prompts that show the full image; the others show the crop."""
+    steps: int = bounded(800, at_least=1)
+    """Number of optimizer steps."""
+    batch_size: int = bounded(32, at_least=1)
+    """Number of prompts of one step."""
+    num_samples: int = bounded(8192, at_least=1)
+    """Number of records."""
+    full_fraction: float = bounded(0.3125, at_least=0, at_most=1)
+    """Share of prompts that show the full image; the others show the crop."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
 
@@ -51,9 +55,11 @@ class QuickstartConfig(Config):
     """A training run and what comes before and after it."""
 
     warmup: WarmupOptions = dataclasses.field(default_factory=WarmupOptions)
-    num_train_samples: int = 9600
-    num_test_samples: int = 1024
-    close_up_fraction: float = 0.15
+    num_train_samples: int = bounded(9600, at_least=1)
+    """Number of records that Vision-OPD trains on."""
+    num_test_samples: int = bounded(1024, at_least=1)
+    """Number of held-out questions."""
+    close_up_fraction: float = bounded(0.15, at_least=0, at_most=1)
     """Share of training images that are close-ups already, as photographs may be; they keep the crop view alive."""
 
 
@@ -120,19 +126,6 @@ def check(config: QuickstartConfig) -> None:
         raise OptionError(
             "WORLD_SIZE", os.environ["WORLD_SIZE"], "the quickstart is one process", "start it without torchrun"
         )
-    warmup = config.warmup
-    counts = {"warmup.steps": warmup.steps, "warmup.batch_size": warmup.batch_size}
-    counts |= {"num_train_samples": config.num_train_samples, "num_test_samples": config.num_test_samples}
-    counts["warmup.num_samples"] = warmup.num_samples
-    for option, value in counts.items():
-        if value < 1:
-            raise OptionError(option, value, "must be at least 1", f"set {option}=1 or more")
-    for option, value in (
-        ("warmup.full_fraction", warmup.full_fraction),
-        ("close_up_fraction", config.close_up_fraction),
-    ):
-        if not 0 <= value <= 1:
-            raise OptionError(option, value, "must lie in [0, 1]", f"set {option}=0.15")
 
 
 def claim(root: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
+from nemo_vopd.options import bounded
 
 
 @dataclass
@@ -20,10 +21,12 @@ class EndpointConfig:
     """Name of the model there."""
     api_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, where one is needed."""
-    max_concurrent_requests: int = 32
-    timeout_seconds: float = 600.0
-    retries: int = 5
-    """How often a request is tried again, with growing pauses, before the evaluation ends."""
+    max_concurrent_requests: int = bounded(32, at_least=1)
+    """Largest number of requests under way."""
+    timeout_seconds: float = bounded(600.0, at_least=1e-3)
+    """Time limit of one request in seconds."""
+    retries: int = bounded(5, at_least=0)
+    """Number of times that a request is tried again, with growing pauses, before the evaluation ends."""
     extra_body: Any = None
     """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
 
@@ -32,8 +35,8 @@ class EndpointConfig:
 class JudgeConfig(EndpointConfig):
     """A language model that decides where rules cannot."""
 
-    max_tokens: int = 16
-    """Of its reply; one that reasons before it says Yes or No needs thousands."""
+    max_tokens: int = bounded(16, at_least=1)
+    """Largest number of tokens of its reply; one that reasons before it says Yes or No needs thousands."""
 
 
 @dataclass
@@ -43,16 +46,16 @@ class EvaluateConfig(Config):
     benchmark: Any = None
     """A public benchmark or a list of them, from files below data.path (--help lists them); null: data.path is an
     Energon data set with answers."""
-    engine: str = "native"
-    """native: model.hf_path on Megatron-Core; server: an OpenAI-compatible one."""
+    engine: str = bounded("native", one_of=("native", "server"))
+    """Model under test: model.hf_path on Megatron-Core, or an OpenAI-compatible server."""
     server: EndpointConfig = field(default_factory=EndpointConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Without judge.url, replies that rules cannot decide count as wrong."""
     views: list[str] = field(default_factory=lambda: ["full", "crop"])
-    limit: int | None = None
+    limit: int | None = bounded(None, at_least=1)
     """Number of questions, in stored order; null takes all."""
-    batch_size: int = 64
-    """Questions whose images are in memory together, for each data-parallel rank."""
+    batch_size: int = bounded(64, at_least=1)
+    """Number of questions whose images are in memory together, for each data-parallel rank."""
     output: str | None = None
     """JSON file of the results; every reply goes to NAME.BENCHMARK.answers.jsonl beside it, from which an interrupted
     evaluation goes on."""
@@ -62,25 +65,12 @@ class EvaluateConfig(Config):
 
 def check(config: EvaluateConfig) -> None:
     """Raise OptionError for what evaluation adds to a run's options."""
-    if config.engine not in ("native", "server"):
-        raise OptionError("engine", config.engine, "must be one of native, server", "set engine=native")
     if not config.views or not set(config.views) <= {"full", "crop"}:
         raise OptionError("views", config.views, "must be full, crop or both", "set views=[full,crop]")
-    if config.limit is not None and config.limit < 1:
-        raise OptionError("limit", config.limit, "must be at least 1", "set limit=null for all samples")
-    if config.batch_size < 1:
-        raise OptionError("batch_size", config.batch_size, "must be at least 1", "set batch_size=64")
-    if config.judge.max_tokens < 1:
-        raise OptionError("judge.max_tokens", config.judge.max_tokens, "must be at least 1", "set it to 16 or more")
     for name, endpoint in (("server", config.server), ("judge", config.judge)):
         if not isinstance(endpoint.extra_body, dict | None):
             rule, remedy = "must be fields of a request", f"write {name}.extra_body={{top_k:1}}"
             raise OptionError(f"{name}.extra_body", endpoint.extra_body, rule, remedy)
-        limits = {"max_concurrent_requests": (1, 32), "timeout_seconds": (1e-3, 600), "retries": (0, 5)}
-        for option, (least, usual) in limits.items():
-            value = getattr(endpoint, option)
-            if not value >= least:
-                raise OptionError(f"{name}.{option}", value, f"must be at least {least:g}", f"set it to {usual}")
     if config.output is not None and Path(config.output).is_dir():
         raise OptionError("output", config.output, "is a folder", "give a file, output=results.json")
     if config.baseline is not None and config.output is None:
