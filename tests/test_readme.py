@@ -61,6 +61,10 @@ def test_commands_run_in_order(assets, tmp_path):
     assert (tmp_path / "my" / "runs" / "train" / "report.html").exists()
 
 
-def test_links_point_at_files():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_links_and_paths_name_files():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        links = [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
+        folders = "benchmarks|conf|docs|docker|nemo_vopd|recipes|slurm|tests"
+        paths = [ROOT / path for path in re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|yaml|sh|md))`", text)]
+        assert not [str(path) for path in (*links, *paths) if not path.exists()], page
