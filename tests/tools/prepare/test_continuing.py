@@ -152,7 +152,8 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_work(source, tmp_path):
 
 def test_a_worker_that_dies_is_told(source, tmp_path):
     process = begin(source, tmp_path / "out", "shard_size=20")
-    while not (workers := psutil.Process(process.pid).children()):
+    parent = psutil.Process(process.pid)
+    while not (workers := [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]):
         time.sleep(0.005)
     workers[0].kill()
     _, err = process.communicate(timeout=HANG)
@@ -160,41 +161,32 @@ def test_a_worker_that_dies_is_told(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-WAITS = "import time; time.sleep(60)"
-ENDS = "pass"
-REFUSES = 'print(\'{"refused": ["source", "f", "cannot be read", "copy it"]}\')'
-DISK_FULL = 'print(\'{"error": [28, "No space left on device"]}\')'
+def behave(job, _chunk, advance):
+    """In place of `write_chunk`: what the job says."""
+    advance(1)
+    if job == "refuses":
+        raise OptionError("source", "f", "cannot be read", "copy it")
+    if job == "finds no room":
+        raise OSError(28, "No space left on device")
+    if job == "dies":
+        os._exit(7)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"),
+    ("jobs", "expected"),
     [
-        ((WAITS, REFUSES), (OptionError, "cannot be read")),
-        ((WAITS, DISK_FULL, WAITS), (OSError, "No space left")),
-        ((WAITS, ENDS), (RunError, "a process that writes shards ended")),
+        (("waits", "refuses"), (OptionError, "source=f: cannot be read; copy it")),
+        (("waits", "finds no room", "waits"), (OSError, "No space left")),
+        (("waits", "dies"), (RunError, "a process that writes shards ended")),
     ],
 )
-def test_the_first_failure_is_told(monkeypatch, codes, expected):
-    """Not that of the others, which end because of it."""
-    popen, left = subprocess.Popen, list(codes)
-
-    def start(_command, **options):
-        code = left.pop(0)
-        process = popen([sys.executable, "-S", "-c", code], **options)
-        if code != WAITS:  # it has ended before a job can be written to it
-            while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.01)
-        return process
-
-    def stop(self, stop=worker._Worker.stop):
-        stop(self)
-        self.join()
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(worker._Worker, "stop", stop)
-    kind, words = expected
+def test_the_first_failure_is_told(jobs, expected):
+    """Not that of the others, which end because of it, at once."""
+    (kind, words), told, start = expected, [], time.monotonic()
     with pytest.raises(kind, match=words):
-        worker.write_chunks([(0, 0)] * 9, len(codes), lambda _: None, in_process=False)  # type: ignore[list-item]
+        worker.write_chunks([(job, 0) for job in (*jobs, "waits")], 3, told.append, in_process=False, write=behave)  # type: ignore[misc]
+    assert 0 < sum(told) <= len(jobs) + 1 and time.monotonic() - start < 50
 
 
 def test_a_place_where_no_folder_can_be_made(source, monkeypatch):
