@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
-from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, read_answers
-from nemo_vopd.tools.evaluation.asking import Model, ask
+from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, Model, ask, read_answers
 from nemo_vopd.tools.evaluation.benchmarks import Benchmark, Scoring, find_benchmark, read_benchmark
 from nemo_vopd.tools.evaluation.judge import Judge
 from nemo_vopd.tools.evaluation.models import NativeModel, ServedModel
