@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_vopd.tools.evaluation.benchmarks import Benchmark
-
 _VIEWS = ("full", "crop")
 
 
-def table(benchmark: Benchmark | None, result: dict[str, Any], comparison: dict[str, Any] | None) -> str:
-    """The result of one benchmark (`summarise`) in lines: headline, views, categories, sizes, comparison."""
-    published = benchmark.num_questions if benchmark else None
+def table(result: dict[str, Any], published: int | None, comparison: dict[str, Any] | None) -> str:
+    """The result of one benchmark (`summarise`) in lines: headline, views, categories, sizes, comparison.
+
+    `published` is the number of questions of the whole benchmark, where it is known.
+    """
     total = f" of {published}" if published and published != result["num_samples"] else ""
     views = [view for view in _VIEWS if view in result]
     lines = [f"\n{result['title']}: {result['num_samples']} questions{total}"]
