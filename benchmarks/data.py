@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.2
 """Looking for the memory of all processes takes time itself."""
 
 
-def measure(num_images: int, larger: int, workers: int, shard_size: int, repeats: int) -> list[dict]:
+def data(num_images: int, larger: int, workers: int, shard_size: int, repeats: int) -> list[dict]:
     """Rows for `table`: the reference, preparation of `num_images` records, and of `larger` times as many.
 
     Each in turn `repeats` times (the last once); medians. Needs about (2 + 2 * larger) MB of disk for each image.
@@ -68,7 +68,7 @@ def measure(num_images: int, larger: int, workers: int, shard_size: int, repeats
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table of what `measure` returns."""
+    """A Markdown table of what `data` returns."""
     lines = [
         "| what | records | seconds | CPU seconds | records/s | ratio | GiB while writing shards | GiB at most |",
         "|---|---|---|---|---|---|---|---|",

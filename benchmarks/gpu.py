@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from benchmarks import gpu_models
-from benchmarks.gpu_rows import GIB, Bench, machine, measure
-from benchmarks.measure import Row
+from benchmarks import models
+from benchmarks.loss import gpu_loss
+from benchmarks.measure import GIB, Bench, Row, machine, measure
+from benchmarks.models import Architecture
+from benchmarks.step import gpu_step
+from nemo_vopd.batch import Packing
 from nemo_vopd.config import Config
-from nemo_vopd.distill.divergence import generalized_jsd
-from nemo_vopd.distill.fused import LossOptions, Policy, fused_linear_jsd
-from nemo_vopd.mcore import cpu
+from nemo_vopd.mcore import cpu, parallel
+from nemo_vopd.mcore.optimizer import wrap_ddp
+from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.rollout.native.engine import Decoder
+
+PRECISIONS = ("bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
 
 
 def run(
@@ -36,9 +42,9 @@ def run(
     **sizes: Any,
 ) -> Bench:
     """Measure `parts` in the order given; the options are those of recipes/benchmark.py, `sizes` all others of gpu."""
-    facts = {**machine(gpu_models.with_precision(config, "bf16")), "repeats": repeats, "sizes": sizes}
+    facts = {**machine(models.with_precision(config, "bf16")), "repeats": repeats, "sizes": sizes}
     bench = Bench(facts, budget_seconds, repeats, output, resume=resume)
-    large, small = gpu_models.architecture("qwen2_5_vl_72b"), gpu_models.architecture("qwen2_5_vl_3b")
+    large, small = models.architecture("qwen2_5_vl_72b"), models.architecture("qwen2_5_vl_3b")
     todo = _todo(bench, config, large, small, **sizes)
     gc.freeze()  # what was imported is no garbage: looking through it after each row takes longer than most rows
     try:
@@ -54,8 +60,8 @@ def run(
 def _todo(
     bench: Bench,
     config: Config,
-    large: dict[str, Any],
-    small: dict[str, Any],
+    large: Architecture,
+    small: Architecture,
     *,
     layer_tokens: int,
     sequence_tokens: int,
@@ -74,11 +80,11 @@ def _todo(
     step: Any = {"prompt_tokens": prompt_tokens, "response_tokens": step_response_tokens}
     step |= {"num_sequences": step_sequences, "microbatch_tokens": step_microbatch_tokens}
     return {
-        "ceilings": lambda: ceilings(bench, [(8192, 8192, 8192), *gpu_models.layer_products(large, layer_tokens)]),
-        "layers": lambda: gpu_models.layers(bench, config, large, layer_tokens, sequence_tokens),
-        "loss": lambda: loss(bench, loss_tokens, vocab_size, hidden_size, distill.top_k, distill.alpha),
-        "decode": lambda: gpu_models.decode(bench, config, small, decode_batches, prompt_tokens, response_tokens),
-        "step": lambda: gpu_models.step(bench, config, small, **step),
+        "ceilings": lambda: ceilings(bench, [(8192, 8192, 8192), *models.layer_products(large, layer_tokens)]),
+        "layers": lambda: layers(bench, config, large, layer_tokens, sequence_tokens),
+        "loss": lambda: gpu_loss(bench, loss_tokens, vocab_size, hidden_size, distill.top_k, distill.alpha),
+        "decode": lambda: decode(bench, config, small, decode_batches, prompt_tokens, response_tokens),
+        "step": lambda: gpu_step(bench, config, small, **step),
     }
 
 
@@ -104,7 +110,7 @@ def ceilings(
             scale_a, scale_b = (torch.ones(shape, device=device) for shape in shapes)
             options: Any = {"scale_a": scale_a, "scale_b": scale_b, "out_dtype": torch.bfloat16, "use_fast_accum": fast}
             function = functools.partial(torch._scaled_mm, a, b.t(), **options)
-        measured = measure(function, bench.repeats, at_least_seconds=at_least_seconds)
+        measured = measure(function, bench.repeats, warmup=2, at_least_seconds=at_least_seconds)
         return {"ms": measured.seconds * 1e3, "tflops": 2 * m * n * k / measured.seconds / 1e12}
 
     kinds: dict[str, tuple[str | None, bool]] = {
@@ -121,82 +127,115 @@ def ceilings(
     def copy() -> Row:
         source = torch.empty(copy_bytes, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        measured = measure(lambda: target.copy_(source), bench.repeats, at_least_seconds=at_least_seconds)
+        measured = measure(lambda: target.copy_(source), bench.repeats, warmup=2, at_least_seconds=at_least_seconds)
         return {"ms": measured.seconds * 1e3, "gb_per_second": 2 * copy_bytes / measured.seconds / 1e9}
 
     bench.record({"kind": "copy", "size": f"{copy_bytes / GIB:g} GiB"}, copy)
 
 
-def loss(
-    bench: Bench, num_tokens: list[int], vocab_size: int, hidden_size: int, top_k: int | None, alpha: float
+def layers(
+    bench: Bench,
+    config: Config,
+    sizes: Architecture,
+    num_tokens: int,
+    sequence_tokens: int,
+    precisions: tuple[str, ...] = PRECISIONS,
 ) -> None:
-    """Forward and backward of the divergence from hidden states, for `top_k` and for the whole vocabulary.
+    """Forward and backward of two language layers of `sizes` on one packed microbatch, in each precision.
 
-    *Dense* is the definition on full logits, *liger* Liger's fused loss, which knows the whole vocabulary only. All add
-    the gradient of the head to a buffer that exists already and is in nobody's memory: ours to float32, as in training,
-    the others through autograd to one of the weights' dtype. `divergence` is the mean of a token, for comparison.
+    All layers are in FP8 where the precision says so, also the first and the last, which training may keep in bf16.
+    In FP8 weights are cast at the first microbatch of a step and *kept* for the others: a row each.
     """
+    groups = parallel.initialize(config.parallel, seed=config.seed)
+    tower = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 64, "fullatt_block_indexes": [0]}
+    reduced = {"num_hidden_layers": 2, "vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {**sizes, **reduced, "vision_config": {**sizes["vision_config"], **tower}}
+    in_bf16: float | None = None
+    for name in precisions:
+        precise = models.with_precision(config, name)
+        precise.precision.fp8.first_layers_bf16 = precise.precision.fp8.last_layers_bf16 = 0
+        rows = bench.record(
+            {"precision": name}, lambda c=precise: _layers(bench, c, sizes, num_tokens, sequence_tokens, groups)
+        )
+        for row in rows:
+            if name == "bf16" and "ms" in row:
+                in_bf16 = float(row["ms"])
+            if in_bf16 is not None and "ms" in row:
+                row["speed_over_bf16"] = in_bf16 / float(row["ms"])
+
+
+def _layers(
+    bench: Bench,
+    config: Config,
+    sizes: Architecture,
+    num_tokens: int,
+    length: int,
+    groups: ProcessGroupCollection,
+) -> list[Row]:
+    stage = models.build(sizes, config, groups)
+    (ddp,) = wrap_ddp(stage.chunks, groups)
     device = cpu.device()
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
+    num_sequences = num_tokens // length
+    num_tokens = num_sequences * length
+    token_ids = torch.randint(0, sizes["vocab_size"], (num_tokens,), device=device)
+    position_ids = torch.arange(length, device=device).repeat(num_sequences).expand(3, -1)
+    packing = Packing.of([length] * num_sequences).to(device)
+    gradient = torch.randn(num_tokens, 1, sizes["hidden_size"], device=device, dtype=stage.config.params_dtype)
 
-    def make(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(scale * shape[-1] ** -0.5)
+    def both_passes() -> None:
+        ddp(token_ids, position_ids, packing).backward(gradient)
 
-    weight, teacher_weight = make(vocab_size, hidden_size).requires_grad_(), make(vocab_size, hidden_size)
-    weight.grad = torch.zeros_like(weight)
-    main_grad = torch.zeros(vocab_size, hidden_size, device=device)
+    total = 3 * models.operations(stage, models.text(num_sequences, num_tokens))
+    rows: list[Row] = []
+    for weights in ("cast", "kept") if config.precision.fp8.recipe is not None else ("",):
+        before = ddp.set_is_first_microbatch if weights == "cast" else None
+        measured = measure(both_passes, bench.repeats, warmup=3, before=before)
+        row: Row = {"weights": weights, "tokens": num_tokens, "ms": measured.seconds * 1e3}
+        rows.append({**row, **bench.rates(total, measured.seconds), "peak_gib": measured.peak_gib})
+    return rows
 
-    def forms(num: int, k: int | None) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-        student, teacher = make(num, hidden_size, scale=40.0).requires_grad_(), make(num, hidden_size, scale=40.0)
-        ones = torch.ones(num, device=device)
-        options: Any = {"alpha": alpha, "top_k": k, "add_tail": True}
 
-        def dense() -> torch.Tensor:
-            student.grad = None
-            with torch.no_grad():
-                teacher_logits = (teacher @ teacher_weight.t()).float()
-            # float32 logits, as in training: among bf16 ones are dozens of equals, which the top-k must put in order
-            student_logits = (student @ weight.t()).float()
-            value = (generalized_jsd(student_logits, teacher_logits, **options) * ones).sum()
-            value.backward()
-            return value.detach() / num
+def decode(
+    bench: Bench,
+    config: Config,
+    sizes: Architecture,
+    batches: list[int],
+    prompt_tokens: int,
+    response_tokens: int,
+    precision: str = "bf16",
+    n: int = 8,
+) -> None:
+    """Tokens a second of the native engine, text only: `batches` responses at a time, n to a prompt and one to each.
 
-        def fused() -> torch.Tensor:
-            student.grad = None
-            policies = Policy(student, weight), Policy(teacher, teacher_weight)
-            value, _ = fused_linear_jsd(*policies, ones, LossOptions(**options), weight_grad_into=main_grad)
-            value.backward()
-            return value.detach() / num
+    No response ends before `response_tokens`. `prefill_ms` is a call that draws one token of each.
+    """
+    config = models.with_precision(config, precision)
+    groups = parallel.initialize(config.parallel, seed=config.seed)
+    stage = models.build(sizes, config, groups)
+    random = torch.Generator().manual_seed(0)
+    forbidden = sizes["image_token_id"], sizes["video_token_id"]
 
-        def liger() -> torch.Tensor:
-            if importlib.util.find_spec("liger_kernel") is None:
-                raise RuntimeError("liger-kernel is not installed")
-            from liger_kernel.transformers import LigerFusedLinearJSD  # type: ignore[import-not-found]
+    def sample(num_prompts: int, n: int) -> Row:
+        views = [models.view(sizes, prompt_tokens, 0, random) for _ in range(num_prompts)]
+        names = [str(i) for i in range(num_prompts)]
 
-            student.grad = None
-            value = LigerFusedLinearJSD(jsd_beta=alpha)(student, weight, teacher, teacher_weight, None)
-            value.backward()
-            return value.detach()
+        def call(length: int) -> int:
+            params = SamplingParams(n=n, max_response_length=length, forbidden_token_ids=forbidden)
+            decoder = Decoder(stage, groups, num_prompts * (prompt_tokens + n * length))
+            return sum(len(tokens) for pairs in decoder(views, names, params) for tokens, _ in pairs)
 
-        yield "dense", dense
-        yield "fused", fused
-        if k is None:
-            yield "liger", liger
+        whole = measure(lambda: call(response_tokens), bench.repeats, warmup=1)
+        prefill = measure(lambda: call(1), bench.repeats, warmup=1)
+        row: Row = {
+            "tokens": whole.result,
+            "ms": whole.seconds * 1e3,
+            "tokens_per_second": whole.result / whole.seconds,
+        }
+        per_step = (whole.seconds - prefill.seconds) / max(1, response_tokens - 1)
+        return {**row, "prefill_ms": prefill.seconds * 1e3, "ms_per_step": per_step * 1e3, "peak_gib": whole.peak_gib}
 
-    def timed(function: Callable[[], torch.Tensor]) -> Row:
-        measured = measure(function, bench.repeats)
-        row: Row = {"ms": measured.seconds * 1e3, "extra_gib": measured.extra_gib}
-        return {**row, "divergence": float(measured.result)}
-
-    for num in num_tokens:
-        for k in dict.fromkeys((top_k, None)):
-            dense_row: Row = {}
-            for name, function in forms(num, k):
-                labels: Row = {"tokens": num, "top_k": "all" if k is None else k, "loss": name}
-                (row,) = bench.record(labels, lambda f=function: timed(f))
-                if name == "dense":
-                    dense_row = row
-                elif "ms" in row and "ms" in dense_row:
-                    row["time_ratio"] = float(row["ms"]) / float(dense_row["ms"])
-                    row["memory_ratio"] = float(row["extra_gib"]) / max(float(dense_row["extra_gib"]), 1e-9)
+    for each in (n, 1):
+        for batch in batches:
+            prompts = max(1, batch // each)
+            labels: Row = {"responses": prompts * each, "prompts": prompts, "n": each}
+            bench.record(labels, lambda p=prompts, e=each: sample(p, e))

@@ -25,12 +25,18 @@ UNEQUAL = 3
 
 
 def rollout(
-    config: Config, num_prompts: int, prompt_tokens: int, response_tokens: int, mean_response: int, repeats: int
+    config: Config,
+    *,
+    num_prompts: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    mean_response_tokens: int,
+    repeats: int,
 ) -> list[Row]:
     """Equal responses to an eighth of the prompts and to all with n = 8, to all with n = 1; unequal ones with n = 1.
 
     Prompts of unequal responses have half the length up to the whole; random end ids, as many as make the mean response
-    `mean_response` if all ids were as likely, end them.
+    `mean_response_tokens` if all ids were as likely, end them.
     """
     groups = parallel.initialize(config.parallel, seed=config.seed)
     processor = Processor.from_pretrained(config.model.hf_path)
@@ -42,7 +48,7 @@ def rollout(
     params = SamplingParams(max_response_length=response_tokens, forbidden_token_ids=forbidden)
     random = np.random.default_rng(0)
     others = np.setdiff1d(np.arange(processor.vocab_size), forbidden)
-    ends = random.choice(others, max(1, round(len(others) / mean_response)), replace=False)
+    ends = random.choice(others, max(1, round(len(others) / mean_response_tokens)), replace=False)
     unequal = dataclasses.replace(params, end_token_ids=tuple(ends.tolist()))
     pixels = config.data.full
 
@@ -148,11 +154,11 @@ class _Generate:
 def _compare(workload: str, engines: dict[str, _Native | _Generate], repeats: int) -> list[Row]:
     """A row for each engine; `ratio` is the throughput over that of the first."""
     rows: list[Row] = []
-    times = measure_in_turn(list(engines.values()), repeats)
-    for (name, engine), (seconds, gib) in zip(engines.items(), times, strict=True):
-        speed = engine.num_tokens / seconds
+    times = measure_in_turn(list(engines.values()), repeats, resident=True)
+    for (name, engine), found in zip(engines.items(), times, strict=True):
+        speed = engine.num_tokens / found.seconds
         row: Row = {"responses": workload, "prompts": len(engine.views), "n": engine.params.n, "engine": name}
-        row |= {"ms": seconds * 1e3}
-        row |= {"tokens": engine.num_tokens, "tokens_per_second": speed, "extra_gib": gib, **engine.facts()}
+        row |= {"ms": found.seconds * 1e3, "tokens": engine.num_tokens, "tokens_per_second": speed}
+        row |= {"extra_gib": found.extra_gib, **engine.facts()}
         rows.append({**row, "ratio": speed / float(rows[0]["tokens_per_second"]) if rows else 1.0})
     return rows

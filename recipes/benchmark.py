@@ -132,37 +132,32 @@ def main(cfg: DictConfig) -> None:
         _data(config)
         return
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
-    from benchmarks import measure  # Megatron takes seconds to import: mistakes are told first
+    # Megatron takes seconds to import: mistakes are told first
+    from benchmarks.measure import table
 
     if config.part == "loss":
-        shapes, distill = config.loss, config.distill
-        rows = measure.loss(
-            shapes.num_tokens, shapes.vocab_size, shapes.hidden_size, distill.top_k, distill.alpha, config.repeats
-        )
+        from benchmarks.loss import loss
+
+        distill = config.distill
+        rows = loss(**vars(config.loss), top_k=distill.top_k, alpha=distill.alpha, repeats=config.repeats)
     elif config.part == "rollout":
         from benchmarks.rollout import rollout
 
-        shapes = config.sampling
-        rows = rollout(
-            config,
-            shapes.num_prompts,
-            shapes.prompt_tokens,
-            shapes.response_tokens,
-            shapes.mean_response_tokens,
-            config.repeats,
-        )
+        rows = rollout(config, **vars(config.sampling), repeats=config.repeats)
     else:
-        rows = measure.step(config, config.repeats)
-    print(measure.table(rows))
+        from benchmarks.step import step
+
+        rows = step(config, config.repeats)
+    print(table(rows))
     result = {"part": config.part, "threads": torch.get_num_threads(), "rows": rows}
     if config.output is not None:
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _data(config: BenchmarkConfig) -> None:
-    from benchmarks.data import measure, table
+    from benchmarks.data import data, table
 
-    rows = measure(**vars(config.data_files), repeats=config.repeats)
+    rows = data(**vars(config.data_files), repeats=config.repeats)
     print(table(rows))
     if config.output is not None:
         result = {"part": config.part, **vars(config.data_files), "rows": rows}

@@ -48,8 +48,11 @@ def main(cfg: DictConfig, as_json: bool) -> None:
     check_assumptions(config.assume, config.gpus_per_node)
     # libraries may print while they are imported; standard output is for the plan
     with contextlib.redirect_stdout(sys.stderr):
-        from nemo_vopd.tools.planning.plan import make_plan  # Megatron takes seconds to import: mistakes are told first
-        from nemo_vopd.tools.planning.remedy import divide_remedy, remedy_for
+        from nemo_vopd.tools.planning.plan import (
+            divide_remedy,
+            make_plan,  # Megatron takes seconds to import: mistakes are told first
+            remedy_for,
+        )
         from nemo_vopd.tools.planning.text import plan_json, plan_text, refusal_json
 
         if config.model.architecture is None:  # the tiny run's model is made on first use

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_models
-from benchmarks.gpu_rows import Bench, measure
+from benchmarks import gpu, models
+from benchmarks import step as steps
+from benchmarks.loss import gpu_loss
+from benchmarks.measure import Bench, measure
 from nemo_vopd.config import Config
 from nemo_vopd.mcore.stage import Stage
 from tests.distributed import run_distributed, run_recipe
@@ -41,7 +43,7 @@ SIZES = {
 
 
 def tiny() -> dict:
-    sizes = gpu_models.architecture("qwen2_5_vl_3b")
+    sizes = models.architecture("qwen2_5_vl_3b")
     sizes |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 400}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 396, "eos_token_id": 396}
     sizes |= {
@@ -70,14 +72,14 @@ def all_parts(folder: Path) -> tuple[dict, dict]:
         on_file[name] = json.loads(output.read_text())
         bench.part(name, lambda: function(bench, *args, **options))
 
-    products = [(64, 64, 64), *gpu_models.layer_products(sizes, 32)]
+    products = [(64, 64, 64), *models.layer_products(sizes, 32)]
     part("ceilings", gpu.ceilings, products, copy_bytes=2**20, at_least_seconds=1e-3)
-    part("layers", gpu_models.layers, config, sizes, 32, 16, ("bf16", "fp8_tensorwise", "fp32"))
-    part("loss", gpu.loss, [12, 24], 96, 16, 8, 0.5)
-    part("decode", gpu_models.decode, config, sizes, [4], 12, 5, n=2)
+    part("layers", gpu.layers, config, sizes, 32, 16, ("bf16", "fp8_tensorwise", "fp32"))
+    part("loss", gpu_loss, [12, 24], 96, 16, 8, 0.5)
+    part("decode", gpu.decode, config, sizes, [4], 12, 5, n=2)
     part(
         "step",
-        gpu_models.step,
+        steps.gpu_step,
         config,
         sizes,
         num_sequences=6,
@@ -245,12 +247,12 @@ def test_a_step_that_does_not_fit_is_tried_smaller(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"step_ms": 1.0}
 
-    monkeypatch.setattr(gpu_models, "_step", step)
-    monkeypatch.setattr(gpu_models.parallel, "initialize", lambda *args, **options: None)
+    monkeypatch.setattr(steps, "_step", step)
+    monkeypatch.setattr(steps.parallel, "initialize", lambda *args, **options: None)
     bench = Bench({}, 100.0, 1)
     bench.parts["layers"] = [{"precision": "fp8_tensorwise", "ms": 1.0}]
     sizes = {"num_sequences": 2, "prompt_tokens": 12, "response_tokens": 3, "microbatch_tokens": 64}
-    bench.part("step", lambda: gpu_models.step(bench, tiny_config(), tiny(), **sizes))
+    bench.part("step", lambda: steps.gpu_step(bench, tiny_config(), tiny(), **sizes))
     assert tried == [(2, 64, None), (2, 32, None), (1, 64, None), (1, 64, "tensorwise")]
     assert ["error" in row for row in bench.parts["step"]] == [True, True, False, False]
 
@@ -263,7 +265,7 @@ def test_run_takes_the_options_of_the_recipe(tmp_path, capsys):
         sys.path.pop(0)
     assert [part.name for part in GpuPart] == PARTS
     options = {**dataclasses.asdict(GpuBenchmark()), "parts": PARTS}
-    assert options["vocab_size"] == gpu_models.architecture("qwen2_5_vl_72b")["vocab_size"]
+    assert options["vocab_size"] == models.architecture("qwen2_5_vl_72b")["vocab_size"]
     bench = gpu.run(tiny_config(), repeats=1, output=None, **{**options, "budget_seconds": -1.0})
     assert bench.parts == {name: [{"skipped": "the -1 s were over"}] for name in PARTS}
     output = str(tmp_path / "run.json")

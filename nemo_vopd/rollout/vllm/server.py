@@ -4,52 +4,43 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import http.client
-import json
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from nemo_vopd.errors import EngineLost, OptionError, RunError
+from nemo_vopd.http import JSONClient, RequestFailed
 
 _SCRIPT = Path(__file__).with_name("serve.py")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "NCCL_ASYNC", "PYTHONPATH")
 """Beginnings of the variables that tell a rank of the run its place; vLLM would take them for its own."""
-_LONGEST_PAUSE = 30.0
-_BUSY = (408, 429)
 
 
 class Client:
     """Asks the server at one address; what may be a passing fault is tried again."""
 
     def __init__(self, url: str, *, timeout_seconds: float, retries: int, pause_seconds: float = 1.0) -> None:
-        """`url` as in http://host:8000.
-
-        A request that fails, or takes `timeout_seconds`, is repeated `retries` times, `pause_seconds` later the first
-        time and twice as long at each further one.
-        """
-        self.url, self.timeout_seconds = url.rstrip("/"), timeout_seconds
-        self.retries, self.pause_seconds = retries, pause_seconds
+        """`url` as in http://host:8000, reached without a proxy; the other arguments are those of `JSONClient`."""
+        self.timeout_seconds = timeout_seconds
         # servers of a cluster are not reached through its way to the outside
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._client = JSONClient(url, timeout_seconds=timeout_seconds, retries=retries, pause_seconds=pause_seconds)
+        self.url = self._client.url
 
     def get(self, path: str, timeout: float | None = None) -> Any:
         """The server's JSON answer, None if it is empty. Raises as `post` does."""
-        return self._call(path, None, timeout)
+        return self._call(path, None, timeout=timeout)
 
     def post(self, path: str, body: dict[str, Any] | None = None, *, given_up: threading.Event | None = None) -> Any:
         """The server's JSON answer to `body`, None if it is empty; `given_up` ends the waiting between two attempts.
 
         Raises EngineLost when it fails `retries` + 1 times, RunError when the server refuses the request.
         """
-        return self._call(path, json.dumps(body or {}).encode(), None, given_up or threading.Event())
+        return self._call(path, body or {}, given_up=given_up)
 
     def check(self) -> None:
         """Raise EngineLost unless the server is well."""
@@ -77,39 +68,18 @@ class Client:
             rule = f"the server's log-probs are {found}, rollout.temperature asks for {mode}"
             raise OptionError("rollout.vllm.urls", self.url, rule, f"start it with --logprobs-mode {mode}")
 
-    def _call(self, path: str, body: bytes | None, timeout: float | None, given_up: threading.Event | None = None):
-        headers = {"Content-Type": "application/json"}
-        for attempt in range(self.retries + 1):
-            request = urllib.request.Request(self.url + path, data=body, headers=headers)
-            try:
-                with self._opener.open(request, timeout=timeout or self.timeout_seconds) as answer:
-                    content = answer.read()
-                return json.loads(content) if content else None
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}, {_message(error)}"
-                if error.code < 500 and error.code not in _BUSY:
-                    raise RunError(f"vLLM at {self.url} refuses {path} ({reason}); {_remedy(error.code)}") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                cause = getattr(error, "reason", None) or error
-                reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-            if attempt == self.retries:
-                break
-            pause = min(self.pause_seconds * 2**attempt, _LONGEST_PAUSE)
-            if given_up is None:
-                time.sleep(pause)
-            elif given_up.wait(pause):
-                break
-        raise EngineLost(
-            f"vLLM at {self.url} is lost: {path} failed {attempt + 1} times ({reason}); look into the server's log, "
-            "start it again if this run did not, and resume the run"
-        )
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
-    return " ".join(text.split())[:500] or str(error.reason)
+    def _call(self, path: str, body: dict[str, Any] | None, **options: Any) -> Any:
+        try:
+            return self._client.call(path, body, **options)
+        except RequestFailed as failed:
+            code = failed.status
+            reason = failed.message if code in (None, 200) else f"HTTP {code}, {failed.message}"
+            if code is not None and not failed.may_pass:
+                raise RunError(f"vLLM at {self.url} refuses {path} ({reason}); {_remedy(code)}") from None
+            raise EngineLost(
+                f"vLLM at {self.url} is lost: {path} failed {failed.attempts} times ({reason}); look into the server's "
+                "log, start it again if this run did not, and resume the run"
+            ) from None
 
 
 def _remedy(code: int) -> str:

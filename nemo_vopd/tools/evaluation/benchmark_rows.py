@@ -42,59 +42,57 @@ def _listed(options: dict[str, str]) -> str:
     return "\n".join(f"({letter}) {text}" for letter, text in options.items())
 
 
-def _choice(name: str, prompt: str, answer: str, image: object, options: dict[str, str], **more: Any):
-    """A question with options. Raises ValueError when image, answer or options are missing."""
-    letter, full = option_letter(answer), image_bytes(image)
-    options = options or dict.fromkeys("ABCDE", "")
-    if full is None:
+def _image(cell: object) -> bytes:
+    if (image := image_bytes(cell)) is None:
         raise ValueError("has no image")
+    return image
+
+
+def _choice(row: Row, prompt: str, options: dict[str, str], **other: Any) -> Question:
+    """A question with options, from the columns index, answer and image unless `other` has id, answer or full.
+
+    Raises ValueError when image, answer or options are missing.
+    """
+    known: Any = {"id": _text(row, "index"), "answer": row.get("answer"), "full": row.get("image")} | other
+    known["full"] = _image(known["full"])
+    letter, options = option_letter(known["answer"]), options or dict.fromkeys("ABCDE", "")
     if letter not in options:
-        raise ValueError(f"has the answer {answer!r}, which is none of its options {', '.join(options)}")
-    return Question(name, prompt, letter or "", OPTION, full, options=options, **more)
+        raise ValueError(f"has the answer {known['answer']!r}, which is none of its options {', '.join(options)}")
+    return Question(prompt=prompt, kind=OPTION, options=options, **known | {"answer": letter})
 
 
 def vstar(row: Row, path: Path) -> Question:
     """V* as lmms-lab publishes it: options in the text."""
     text = _text(row, "text")
     prompt = text if text.endswith(LETTER_PROMPT.strip()) else text + LETTER_PROMPT
-    return _choice(
-        _text(row, "question_id"),
-        prompt,
-        _text(row, "label"),
-        row["image"],
-        parse_options(text),
-        category=_text(row, "category"),
-    )
+    names = {"id": _text(row, "question_id"), "category": _text(row, "category")}
+    return _choice(row, prompt, parse_options(text), answer=_text(row, "label"), **names)
 
 
 def vstar_tsv(row: Row, path: Path) -> Question:
     """V* as VLMEvalKit publishes it."""
     options = _options(row)
     prompt = f"{_text(row, 'question')}\n{_listed(options)}{LETTER_PROMPT}"
-    return _choice(_text(row, "index"), prompt, row["answer"], row["image"], options, category=_text(row, "category"))
+    return _choice(row, prompt, options, category=_text(row, "category"))
 
 
 def zoombench(row: Row, path: Path) -> Question:
     """ZoomBench: choices and open questions, full image and crop."""
-    prompt, answer = _text(row, "query"), _text(row, "response")
-    full, crop = image_bytes(row["image"]), image_bytes(row["crop_image"])
-    if full is None:
-        raise ValueError("has no image")
+    name, prompt, answer = (_text(row, column) for column in ("id", "query", "response"))
+    full, crop = _image(row["image"]), image_bytes(row["crop_image"])
     options = parse_options(prompt)
     letter = option_letter(answer)
     if letter is not None and letter in options:
-        return Question(_text(row, "id"), prompt, letter, OPTION, full, crop, options=options, category="choice")
-    return Question(_text(row, "id"), prompt, answer, TEXT, full, crop, category="open")
+        return Question(name, prompt, letter, OPTION, full, crop, options=options, category="choice")
+    return Question(name, prompt, answer, TEXT, full, crop, category="open")
 
 
 def hrbench(row: Row, path: Path) -> Question:
     """HR-Bench; each question occurs four times with its options rotated."""
-    options = _options(row)
-    prompt = _text(row, "question")
+    options, prompt = _options(row), _text(row, "question")
     if options:
         prompt += " Select from the following choices.\n" + _listed(options)
-    category = _text(row, "category")
-    return _choice(_text(row, "index"), prompt, row["answer"], row["image"], options, category=category)
+    return _choice(row, prompt, options, category=_text(row, "category"))
 
 
 def realworld(language: str) -> Callable[[Row, Path], Question]:
@@ -107,8 +105,7 @@ def realworld(language: str) -> Callable[[Row, Path], Question]:
         prompt = f"{_text(row, 'question')}{before}" + "\n".join(lines) + after
         task, _, domain = _text(row, "category").partition("/")
         image = row["bytes"] if "bytes" in row else row["image"]
-        names = {"category": task, "subcategory": domain}
-        return _choice(_text(row, "index"), prompt, row["answer"], image, options, **names)
+        return _choice(row, prompt, options, full=image, category=task, subcategory=domain)
 
     return question
 
@@ -125,10 +122,8 @@ def visualprobe(row: Row, path: Path) -> Question:
     if file is None:
         raise ValueError(f"names the image {name}, which is not beside {path}")
     prompt = str(row["problem"]).replace("<image>\n", "").replace("<image>", "").strip()
-    category = level.group(1).capitalize() if level else ""
-    return Question(
-        f"{category}/{relative}", prompt, str(row["solution"]).strip(), TEXT, file.read_bytes(), category=category
-    )
+    category, answer = level.group(1).capitalize() if level else "", str(row["solution"]).strip()
+    return Question(f"{category}/{relative}", prompt, answer, TEXT, file.read_bytes(), category=category)
 
 
 def mmvp(row: Row, path: Path) -> Question:
@@ -143,23 +138,21 @@ def mmvp(row: Row, path: Path) -> Question:
     choices = _text(row, "Options", "options")
     prompt = f"{_text(row, 'Question', 'question')} {choices}"
     answer = _text(row, "Correct Answer", "correct answer", "answer")
-    return _choice(number, prompt, answer, image, parse_options(choices))
+    return _choice(row, prompt, parse_options(choices), id=number, answer=answer, full=image)
 
 
 def mmvp_tsv(row: Row, path: Path) -> Question:
     """MMVP as VLMEvalKit publishes it."""
     options = _options(row)
     choices = " ".join(f"({letter.lower()}) {text}" for letter, text in options.items())
-    return _choice(_text(row, "index"), f"{_text(row, 'question')} {choices}", row["answer"], row["image"], options)
+    return _choice(row, f"{_text(row, 'question')} {choices}", options)
 
 
 def cv_bench(row: Row, path: Path) -> Question:
     """CV-Bench, two and three dimensions."""
-    prompt = _text(row, "prompt")
-    names = {"category": _text(row, "type", "split"), "subcategory": _text(row, "source")}
-    options = parse_options(prompt) or _options(row)
-    name = f"{names['category']}/{_text(row, 'idx', 'index')}"
-    return _choice(name, prompt, row["answer"], row["image"], options, **names)
+    prompt, category = _text(row, "prompt"), _text(row, "type", "split")
+    names = {"id": f"{category}/{_text(row, 'idx', 'index')}", "subcategory": _text(row, "source")}
+    return _choice(row, prompt, parse_options(prompt) or _options(row), category=category, **names)
 
 
 def mmstar(row: Row, path: Path) -> Question:
@@ -169,16 +162,14 @@ def mmstar(row: Row, path: Path) -> Question:
     # VLMEvalKit's file has the options in columns, the published one in the question
     prompt = f"{question}\nOptions: " + ", ".join(f"{k}: {v}" for k, v in options.items()) if options else question
     names = {"category": _text(row, "category"), "subcategory": _text(row, "l2_category")}
-    return _choice(
-        _text(row, "index"), prompt, row["answer"], row["image"], options or parse_options(question), **names
-    )
+    return _choice(row, prompt, options or parse_options(question), **names)
 
 
 def pope(row: Row, path: Path) -> Question:
-    """POPE: is there such an object."""
-    image, answer, text = image_bytes(row["image"]), _text(row, "answer").lower(), _text(row, "question")
-    if image is None or answer not in ("yes", "no"):
-        raise ValueError("has no image" if image is None else f"has the answer {answer!r}, neither yes nor no")
+    """POPE: whether an object is in the image."""
+    image, answer, text = _image(row["image"]), _text(row, "answer").lower(), _text(row, "question")
+    if answer not in ("yes", "no"):
+        raise ValueError(f"has the answer {answer!r}, neither yes nor no")
     prompt = text if text.endswith(WORD_PROMPT.strip()) else text + WORD_PROMPT
     category = _text(row, "category") or path.stem.split("-")[0]
     name = f"{category}/{_text(row, 'question_id', 'index', 'id')}"

@@ -34,7 +34,7 @@ class Scoring:
     mean_of: str = "questions"
     """questions: the headline is the accuracy over all of them; categories: the mean of the categories' accuracies."""
     pairs: bool = False
-    """Questions 2k-1 and 2k are a pair; the share of pairs that are right is reported too."""
+    """Whether questions 2k-1 and 2k are a pair, so that the share of right pairs is reported too."""
 
 
 @dataclass(frozen=True)
@@ -47,153 +47,111 @@ class Benchmark:
     """Hugging Face data sets, and VLMEvalKit's TSV file."""
     sources: tuple[Source, ...]
     num_questions: int | None
-    """Of the whole published set, where it is known."""
+    """Number of questions of the whole published set, where it is known."""
     scoring: Scoring = Scoring()
 
 
-def _hr_source(size: str) -> tuple[Source, ...]:
-    patterns = (f"hr_bench_{size}.parquet", f"hrbench_{size}*.parquet", f"*{size}*.parquet", f"*{size}*.tsv")
-    return (Source(patterns, ("index", "question", "answer", "A", "B", "C", "D", "category", "image"), rows.hrbench),)
+def _source(patterns: str, columns: str, question: Callable[[rows.Row, Path], Question]) -> Source:
+    return Source(tuple(patterns.split()), tuple(columns.split(", ")), question)
 
 
-def _realworld_sources(language: str) -> tuple[Source, ...]:
-    columns = ("index", "question", "multi-choice options", "answer", "category")
-    question = rows.realworld(language)
-    return (
-        Source(("data/*.parquet", "*.parquet"), (*columns, "bytes"), question),
-        Source(("*.tsv",), (*columns, "image"), question),
-    )
+def _hr_bench(size: str) -> Benchmark:
+    patterns = f"hr_bench_{size}.parquet hrbench_{size}*.parquet *{size}*.parquet *{size}*.tsv"
+    source = _source(patterns, "index, question, answer, A, B, C, D, category, image", rows.hrbench)
+    return Benchmark(f"hrbench-{size}", f"HR-Bench {size.upper()}", "DreamMr/HR-Bench", (source,), 800)
+
+
+def _realworld(ending: str, published: str, language: str = "en", num_questions: int | None = None) -> Benchmark:
+    columns, question = "index, question, multi-choice options, answer, category", rows.realworld(language)
+    parquet = _source("data/*.parquet *.parquet", f"{columns}, bytes", question)
+    sources = parquet, _source("*.tsv", f"{columns}, image", question)
+    name = f"MME-RealWorld{ending}"
+    return Benchmark(name.lower(), name, f"yifanzhang114/{published}", sources, num_questions)
 
 
 _KIT = "VLMEvalKit's"
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            "vstar",
-            "V*",
-            f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
-            (
-                Source(
-                    ("data/test-*.parquet", "*.parquet"),
-                    ("image", "text", "label", "question_id", "category"),
-                    rows.vstar,
-                ),
-                Source(("*.tsv",), ("index", "image", "question", "A", "B", "answer", "category"), rows.vstar_tsv),
+_ALL = (
+    Benchmark(
+        "vstar",
+        "V*",
+        f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
+        (
+            _source("data/test-*.parquet *.parquet", "image, text, label, question_id, category", rows.vstar),
+            _source("*.tsv", "index, image, question, A, B, answer, category", rows.vstar_tsv),
+        ),
+        191,
+    ),
+    Benchmark(
+        "zoombench",
+        "ZoomBench",
+        "inclusionAI/ZoomBench",
+        (_source("data/test*.parquet *.parquet", "id, query, response, image, crop_image", rows.zoombench),),
+        845,
+    ),
+    _hr_bench("4k"),
+    _hr_bench("8k"),
+    _realworld("", f"MME-RealWorld-Lmms-eval; {_KIT} MME-RealWorld.tsv"),
+    _realworld("-CN", f"MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", "cn"),
+    _realworld("-Lite", f"MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv", num_questions=1919),
+    Benchmark(
+        "visualprobe",
+        "VisualProbe",
+        "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
+        (_source("VisualProbe_*/val.json val.json", "images, problem, solution", rows.visualprobe),),
+        515,
+        Scoring("categories"),
+    ),
+    Benchmark(
+        "mmvp",
+        "MMVP",
+        f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
+        (
+            _source("Questions.csv", "Index, Question, Options, Correct Answer", rows.mmvp),
+            _source("data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", rows.mmvp),
+            _source("data/*.parquet *.parquet", "index, question, options, answer, image", rows.mmvp),
+            _source("*.tsv", "index, image, question, A, B, answer", rows.mmvp_tsv),
+        ),
+        300,
+        Scoring(pairs=True),
+    ),
+    Benchmark(
+        "cv-bench",
+        "CV-Bench",
+        f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
+        (
+            _source("test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", rows.cv_bench),
+            _source("CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", rows.cv_bench),
+        ),
+        2638,
+        Scoring("categories"),
+    ),
+    Benchmark(
+        "mmstar",
+        "MMStar",
+        f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
+        (
+            _source(
+                "mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", rows.mmstar
             ),
-            191,
         ),
-        Benchmark(
-            "zoombench",
-            "ZoomBench",
-            "inclusionAI/ZoomBench",
-            (
-                Source(
-                    ("data/test*.parquet", "*.parquet"),
-                    ("id", "query", "response", "image", "crop_image"),
-                    rows.zoombench,
-                ),
+        1500,
+    ),
+    Benchmark(
+        "pope",
+        "POPE",
+        f"lmms-lab/POPE; {_KIT} POPE.tsv",
+        (
+            _source(
+                "data/test-*.parquet Full/*.parquet *.parquet",
+                "question_id, question, answer, image, category",
+                rows.pope,
             ),
-            845,
+            _source("*.tsv", "index, image, question, answer, category", rows.pope),
         ),
-        Benchmark("hrbench-4k", "HR-Bench 4K", "DreamMr/HR-Bench", _hr_source("4k"), 800),
-        Benchmark("hrbench-8k", "HR-Bench 8K", "DreamMr/HR-Bench", _hr_source("8k"), 800),
-        Benchmark(
-            "mme-realworld",
-            "MME-RealWorld",
-            f"yifanzhang114/MME-RealWorld-Lmms-eval; {_KIT} MME-RealWorld.tsv",
-            _realworld_sources("en"),
-            None,
-        ),
-        Benchmark(
-            "mme-realworld-cn",
-            "MME-RealWorld-CN",
-            f"yifanzhang114/MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv",
-            _realworld_sources("cn"),
-            None,
-        ),
-        Benchmark(
-            "mme-realworld-lite",
-            "MME-RealWorld-Lite",
-            f"yifanzhang114/MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv",
-            _realworld_sources("en"),
-            1919,
-        ),
-        Benchmark(
-            "visualprobe",
-            "VisualProbe",
-            "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
-            (
-                Source(
-                    ("VisualProbe_*/val.json", "val.json"),
-                    ("images", "problem", "solution"),
-                    rows.visualprobe,
-                ),
-            ),
-            515,
-            Scoring("categories"),
-        ),
-        Benchmark(
-            "mmvp",
-            "MMVP",
-            f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
-            (
-                Source(("Questions.csv",), ("Index", "Question", "Options", "Correct Answer"), rows.mmvp),
-                Source(
-                    ("data/*.parquet", "*.parquet"),
-                    ("Index", "Question", "Options", "Correct Answer", "image"),
-                    rows.mmvp,
-                ),
-                Source(("data/*.parquet", "*.parquet"), ("index", "question", "options", "answer", "image"), rows.mmvp),
-                Source(("*.tsv",), ("index", "image", "question", "A", "B", "answer"), rows.mmvp_tsv),
-            ),
-            300,
-            Scoring(pairs=True),
-        ),
-        Benchmark(
-            "cv-bench",
-            "CV-Bench",
-            f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
-            (
-                Source(
-                    ("test_[23]d.parquet", "*.parquet"),
-                    ("idx", "type", "task", "image", "prompt", "answer", "source"),
-                    rows.cv_bench,
-                ),
-                Source(("CV-Bench-*.tsv", "*.tsv"), ("index", "image", "prompt", "answer", "split"), rows.cv_bench),
-            ),
-            2638,
-            Scoring("categories"),
-        ),
-        Benchmark(
-            "mmstar",
-            "MMStar",
-            f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
-            (
-                Source(
-                    ("mmstar.parquet", "*.parquet", "*.tsv"),
-                    ("index", "question", "answer", "category", "l2_category", "image"),
-                    rows.mmstar,
-                ),
-            ),
-            1500,
-        ),
-        Benchmark(
-            "pope",
-            "POPE",
-            f"lmms-lab/POPE; {_KIT} POPE.tsv",
-            (
-                Source(
-                    ("data/test-*.parquet", "Full/*.parquet", "*.parquet"),
-                    ("question_id", "question", "answer", "image", "category"),
-                    rows.pope,
-                ),
-                Source(("*.tsv",), ("index", "image", "question", "answer", "category"), rows.pope),
-            ),
-            9000,
-        ),
-    )
-}
+        9000,
+    ),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
 
 def find_benchmark(name: object) -> Benchmark:

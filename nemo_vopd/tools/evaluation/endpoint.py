@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from openai import APIError, APIStatusError, OpenAI
-
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.tools.evaluation.asking import NotAnswered
+from nemo_vopd.http import JSONClient, RequestFailed
+from nemo_vopd.tools.evaluation.answers import NotAnswered
 from nemo_vopd.tools.evaluation.options import EndpointConfig
 from nemo_vopd.views import UnusableSample
 
@@ -20,6 +18,7 @@ Content = list[dict[str, Any]]
 _REFUSES_ONE = (400, 413, 422)
 """A prompt beyond the server's length, an image it cannot take: this question alone."""
 _MOST_REFUSED = 20
+_AGAIN = "what was answered is kept, the same command goes on"
 
 
 class Endpoint:
@@ -33,11 +32,13 @@ class Endpoint:
             raise OptionError(f"{name}.{missing}", None, "is needed to ask a server", remedy)
         self.options, self.name = options, name
         self._num_answered = self._num_refused = 0
-        for noisy in ("httpx", "httpx2", "openai"):  # a line for each request
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        key = os.environ.get(options.api_key_variable, "none")
-        self._client = OpenAI(
-            base_url=options.url, api_key=key, timeout=options.timeout_seconds, max_retries=options.retries
+        self._client = JSONClient(
+            options.url,
+            timeout_seconds=options.timeout_seconds,
+            retries=options.retries,
+            pause_seconds=0.5,
+            key=os.environ.get(options.api_key_variable, "none"),
+            proxies=True,
         )
 
     def ask_all(self, requests: Sequence[Callable[[], Content]], max_tokens: int) -> Iterator[str | NotAnswered]:
@@ -65,30 +66,27 @@ class Endpoint:
 
     def _ask(self, content: Content, max_tokens: int) -> str | NotAnswered:
         where = f"{self.name}.url={self.options.url}"
-        again = "what was answered is kept, the same command goes on"
+        request = {"model": self.options.model, "messages": [{"role": "user", "content": content}]}
+        request |= {"temperature": 0.0, "max_tokens": max_tokens, **(self.options.extra_body or {})}
         try:
-            reply = self._client.chat.completions.create(
-                model=self.options.model or "",
-                messages=[{"role": "user", "content": content}],  # type: ignore[list-item]
-                temperature=0.0,
-                max_tokens=max_tokens,
-                extra_body=self.options.extra_body or None,
-            )
-            text = reply.choices[0].message.content or ""
+            reply = self._client.call("/chat/completions", request)
+            text = reply["choices"][0]["message"].get("content") or ""
             if not isinstance(text, str):
                 raise TypeError("the content is no text")
-        except APIStatusError as error:
-            reason = f"HTTP {error.status_code}: {_line(error.message)}"
-            if error.status_code in _REFUSES_ONE and not self._refuses_all():
+        except RequestFailed as failed:
+            code, reason = failed.status, f"HTTP {failed.status}: {failed.message}"
+            if code in _REFUSES_ONE and not self._refuses_all():
                 return NotAnswered(f"refused ({reason})")
-            if error.status_code >= 500 or error.status_code in (408, 409, 429):
-                raise RunError(f"{where} does not answer ({reason}); {again}") from None
-            key = f"; the key is read from {self.options.api_key_variable}" if error.status_code in (401, 403) else ""
-            raise RunError(f"{where} refuses a request ({reason}){key}") from None
-        except APIError as error:
-            raise RunError(f"{where} does not answer ({_line(error.__cause__ or error.message)}); {again}") from None
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            what = f"{type(error).__name__}: {_line(error)}"
+            if code == 200:
+                what = f"sent what is no chat completion ({failed.message}); does the address end in /v1?"
+            elif failed.may_pass:
+                what = f"does not answer ({failed.message if code is None else reason}); {_AGAIN}"
+            else:
+                key = f"; the key is read from {self.options.api_key_variable}" if code in (401, 403) else ""
+                what = f"refuses a request ({reason}){key}"
+            raise RunError(f"{where} {what}") from None
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise RunError(f"{where} sent what is no chat completion ({what}); does the address end in /v1?") from None
         self._num_answered += 1
         return text.encode("utf-8", "replace").decode()  # half a surrogate pair can be sent, but not written
@@ -97,10 +95,6 @@ class Endpoint:
         """Whether refusals have become the rule: then the model's name or an option is wrong, not a question."""
         self._num_refused += 1
         return self._num_answered == 0 and self._num_refused > _MOST_REFUSED
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
 
 
 def image_content(media_type: str, file: bytes) -> dict[str, Any]:

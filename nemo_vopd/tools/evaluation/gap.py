@@ -17,7 +17,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.evaluation.questions import classify
-from nemo_vopd.tools.evaluation.scoring import grade
+from nemo_vopd.tools.evaluation.results import grade
 from nemo_vopd.vlm.build import build_vlm
 
 _MAX_BYTES = 1 << 30

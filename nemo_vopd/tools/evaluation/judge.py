@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation.answers import Answer
-from nemo_vopd.tools.evaluation.endpoint import Content, Endpoint, text_content
+from nemo_vopd.tools.evaluation.endpoint import Endpoint, text_content
 from nemo_vopd.tools.evaluation.extraction import final_answer
 from nemo_vopd.tools.evaluation.options import JudgeConfig
 
@@ -35,9 +34,7 @@ class Judge:
     def __init__(self, options: JudgeConfig, path: Path | None) -> None:
         """Raises OptionError when judge.url or judge.model is missing."""
         self.endpoint, self.path, self.max_tokens = Endpoint(options, "judge"), path, options.max_tokens
-        self.verdicts: dict[str, bool] = {}
-        if path is not None and path.exists():
-            self.verdicts = _read(path)
+        self.verdicts = _read(path) if path is not None and path.exists() else {}
 
     def __call__(self, answers: Sequence[Answer]) -> list[bool | None]:
         """Whether each of `answers` is right; None where the judge says neither. Raises RunError when it fails."""
@@ -46,7 +43,7 @@ class Judge:
         waiting = iter(todo.items())
         with tqdm(total=len(todo), desc="judge", unit=" replies", disable=not todo) as bar:
             while some := list(islice(waiting, _AT_ONCE)):
-                requests = [partial(_content, answer) for _, answer in some]
+                requests = [lambda a=answer: [text_content(question_for(a))] for _, answer in some]
                 replies = self.endpoint.ask_all(requests, self.max_tokens)
                 for (key, answer), reply in zip(some, replies, strict=True):
                     if (right := read_verdict(reply if isinstance(reply, str) else "")) is not None:
@@ -55,16 +52,14 @@ class Judge:
         return [self.verdicts.get(key) for key in keys]
 
     def _key(self, answer: Answer) -> str:
-        text = f"{self.endpoint.options.model}\n{question_for(answer)}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(f"{self.endpoint.options.model}\n{question_for(answer)}".encode()).hexdigest()
 
     def _keep(self, key: str, answer: Answer, right: bool) -> None:
         self.verdicts[key] = right
-        if self.path is None:
-            return
-        line = {"key": key, "right": right, "id": answer.id, "view": answer.view, "reply": answer.reply}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.path is not None:
+            line = {"key": key, "right": right, "id": answer.id, "view": answer.view, "reply": answer.reply}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, bool]:
@@ -76,10 +71,6 @@ def _read(path: Path) -> dict[str, bool]:
     except (ValueError, TypeError, KeyError):
         rule = f"{path.name} beside it is no file of verdicts"
         raise OptionError("output", path, rule, "remove that file, or name another output") from None
-
-
-def _content(answer: Answer) -> Content:
-    return [text_content(question_for(answer))]
 
 
 def question_for(answer: Answer) -> str:

@@ -15,7 +15,7 @@ from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.asking import NotAnswered, Request
+from nemo_vopd.tools.evaluation.answers import NotAnswered, Request
 from nemo_vopd.tools.evaluation.endpoint import Content, Endpoint, image_content, text_content
 from nemo_vopd.tools.evaluation.gap import greedy
 from nemo_vopd.tools.evaluation.options import EndpointConfig

@@ -1,23 +1,51 @@
-"""From answers to numbers: accuracy by view and category, the gap by size of the evidence, intervals, comparisons."""
+"""From replies to numbers: grades, accuracy by view and category, the gap by evidence size, intervals, comparisons."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nemo_vopd.tools.evaluation.answers import Answer
 from nemo_vopd.tools.evaluation.benchmarks import Scoring
-from nemo_vopd.tools.evaluation.questions import YES_NO
-from nemo_vopd.tools.evaluation.scoring import grade, read_reply
+from nemo_vopd.tools.evaluation.choosing import extract_option
+from nemo_vopd.tools.evaluation.extraction import extract_yes_no, same_text
+from nemo_vopd.tools.evaluation.questions import OPTION, YES_NO
 
 VIEWS = ("full", "crop")
 MAX_SIZE_BINS, MIN_PER_BIN = 5, 8
 RESAMPLES = 2000
 _BLOCK = 100
 Grades = dict[tuple[str, str], bool | None]
+
+
+def exact_match(reply: str, answer: str) -> bool:
+    """Whether reply and answer are the same words: spacing, case and a final full stop do not count."""
+    words, wanted = (text.lower().rstrip(" .!").split() for text in (reply, answer))
+    return words == wanted
+
+
+def read_reply(reply: str, kind: str, options: Mapping[str, str]) -> str | None:
+    """What the reply chooses: a letter, yes or no; of open questions the reply itself. None: it chooses nothing."""
+    if kind == OPTION:
+        return extract_option(reply, options)
+    return extract_yes_no(reply) if kind == YES_NO else reply
+
+
+def grade(reply: str, answer: str, kind: str, options: Mapping[str, str]) -> bool | None:
+    """Whether `reply` is right; None where rules cannot tell (a judge may: nemo_vopd/tools/evaluation/judge.py).
+
+    Options and yes/no: what is chosen decides, a reply that chooses nothing is left open. Open questions: right if
+    the texts are the same, else open, as other words can say the same. An empty reply is wrong.
+    """
+    if not reply.strip():
+        return False
+    chosen = read_reply(reply, kind, options)
+    if kind in (OPTION, YES_NO):
+        return None if chosen is None else chosen == answer
+    return True if exact_match(reply, answer) or same_text(reply, answer) else None
 
 
 def grade_all(
@@ -42,16 +70,12 @@ def summarise(answers: Sequence[Answer], grades: Grades, scoring: Scoring, seed:
     result: dict[str, Any] = {"num_samples": len({a.id for a in answers})}
     for view, part in by_view.items():
         if part:
-            right = [bool(grades[a.id, a.view]) for a in part]
-            low, high = interval(part, right, mean_of, seed)
-            if all(right) or not any(right):  # every draw is the same, which is no certainty
-                num = len({a.cluster or a.id for a in part})
-                low, high = wilson(num if all(right) else 0, num)
-            undecided = sum(grades[a.id, a.view] is None for a in part)
-            accuracy = headline(part, grades, mean_of)
-            result[view] = {"accuracy": accuracy, "interval": [low, high], "num_undecided": undecided}
-            empty = sum(not a.reply.strip() for a in part)
-            result[view]["num_empty"] = empty
+            result[view] = {
+                "accuracy": headline(part, grades, mean_of),
+                "interval": _accuracy_interval(part, [bool(grades[a.id, a.view]) for a in part], mean_of, seed),
+                "num_undecided": sum(grades[a.id, a.view] is None for a in part),
+                "num_empty": sum(not a.reply.strip() for a in part),
+            }
     result["accuracy"] = result["full" if by_view["full"] else "crop"]["accuracy"]
     both = {a.id for a in by_view["full"]} & {a.id for a in by_view["crop"]}
     if both:
@@ -60,29 +84,44 @@ def summarise(answers: Sequence[Answer], grades: Grades, scoring: Scoring, seed:
         result["gap"] = headline(pair[1], grades, mean_of) - headline(pair[0], grades, mean_of)
         result["by_evidence_size"] = by_evidence_size(pair[0], pair[1], grades)
     result["categories"] = _categories(by_view, grades)
-    result["metrics"] = {
-        **_yes_no_metrics(by_view["full"], grades),
-        **(_pair_metrics(by_view["full"], grades) if scoring.pairs else {}),
-    }
+    result["metrics"] = _yes_no_metrics(by_view["full"], grades)
+    if scoring.pairs:
+        result["metrics"] |= _pair_metrics(by_view["full"], grades)
     return result
+
+
+def _accuracy_interval(answers: list[Answer], right: list[bool], mean_of: str, seed: int) -> list[float]:
+    """95% interval of the headline; Wilson's where all draws would be the same, which is no certainty."""
+    if all(right) or not any(right):
+        num = len({a.cluster or a.id for a in answers})
+        return list(wilson(num if all(right) else 0, num))
+    return list(interval(answers, right, mean_of, seed))
+
+
+def _right_by(
+    answers: Sequence[Answer], grades: Grades, names: Callable[[Answer], Iterable[str]]
+) -> dict[str, list[bool]]:
+    """Whether the answers of each group are right; `names` are the groups of an answer."""
+    groups: dict[str, list[bool]] = {}
+    for a in answers:
+        for name in names(a):
+            groups.setdefault(name, []).append(bool(grades[a.id, a.view]))
+    return groups
 
 
 def headline(answers: Sequence[Answer], grades: Grades, mean_of: str) -> float:
     """Accuracy over questions, or the mean of the categories' accuracies."""
-    groups: dict[str, list[bool]] = {}
-    for a in answers:
-        groups.setdefault(a.category if mean_of == "categories" else "", []).append(bool(grades[a.id, a.view]))
+    groups = _right_by(answers, grades, lambda a: [a.category if mean_of == "categories" else ""])
     return sum(sum(group) / len(group) for group in groups.values()) / max(1, len(groups))
 
 
 def _categories(by_view: dict[str, list[Answer]], grades: Grades) -> dict[str, dict[str, float]]:
+    def names(a: Answer) -> set[str]:
+        return {a.category, f"{a.category} / {a.subcategory}" if a.subcategory else a.category}
+
     result: dict[str, dict[str, float]] = {}
     for view, answers in by_view.items():
-        groups: dict[str, list[bool]] = {}
-        for a in answers:
-            for name in {a.category, f"{a.category} / {a.subcategory}" if a.subcategory else a.category}:
-                groups.setdefault(name, []).append(bool(grades[a.id, a.view]))
-        for name, group in sorted(groups.items()):
+        for name, group in sorted(_right_by(answers, grades, names).items()):
             if name:
                 result.setdefault(name, {"num_samples": len(group)})[view] = sum(group) / len(group)
     return result
@@ -105,9 +144,7 @@ def _yes_no_metrics(answers: list[Answer], grades: Grades) -> dict[str, float]:
 
 def _pair_metrics(answers: list[Answer], grades: Grades) -> dict[str, float]:
     """MMVP's: questions 2k-1 and 2k are one pair, right only together."""
-    pairs: dict[int, list[bool]] = {}
-    for a in answers:
-        pairs.setdefault((int(a.id) - 1) // 2, []).append(bool(grades[a.id, a.view]))
+    pairs = _right_by(answers, grades, lambda a: [str((int(a.id) - 1) // 2)])
     whole = [pair for pair in pairs.values() if len(pair) == 2]
     return {"pair_accuracy": sum(map(all, whole)) / len(whole)} if whole else {}
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from nemo_vopd.errors import OptionError
 
-SUFFIXES = (".parquet", ".tsv", ".csv", ".json")
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
 _ROWS_AT_ONCE = 8  # of a parquet file: an image of HR-Bench 8K takes 10 MB
 _LONGEST_POINTER = 64
 """VLMEvalKit's TSV files store an image once; rows that share it hold the index of that row in its place."""
@@ -29,13 +29,27 @@ def read_rows(path: Path, columns: Sequence[str], option: str = "data.path") -> 
 
     Raises OptionError, naming `option`, when the file cannot be read, has other columns or is no table at all.
     """
-    try:
-        reader = {".parquet": _parquet, ".tsv": _separated, ".csv": _separated, ".json": _json}[path.suffix.lower()]
-    except KeyError:
-        rule = "is no benchmark file"
-        raise OptionError(option, path, rule, f"give one that ends in {', '.join(SUFFIXES)}") from None
     with _told(path, option):
-        yield from reader(path, columns, option)
+        if (ending := path.suffix.lower()) == ".parquet":
+            # buffered: else a whole row group, often a thousand images, is in memory at once
+            with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+                check_columns(file.schema_arrow.names, columns, path, option)
+                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                    yield from batch.to_pylist()
+        elif ending in _DELIMITERS:
+            with _separated(path) as rows:
+                check_columns(rows.fieldnames or [], columns, path, option)
+                yield from _with_images(rows, path) if ending == ".tsv" and "image" in columns else rows
+        elif ending == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise OptionError(option, path, "is not a list of records", "give a copy of the published file")
+            for row in rows:
+                check_columns(list(row), columns, path, option)
+                yield row
+        else:
+            endings = ", ".join((".parquet", *_DELIMITERS, ".json"))
+            raise OptionError(option, path, "is no benchmark file", f"give one that ends in {endings}")
 
 
 @contextlib.contextmanager
@@ -51,12 +65,12 @@ def _told(path: Path, option: str) -> Iterator[None]:
 
 def columns_of(path: Path, option: str = "data.path") -> list[str]:
     """Names of the columns of `path`. Raises OptionError."""
-    if path.suffix.lower() == ".parquet":
-        with _told(path, option):
+    with _told(path, option):
+        if path.suffix.lower() == ".parquet":
             return pq.read_schema(path).names
-    if path.suffix.lower() in (".tsv", ".csv"):
-        with _told(path, option), open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, delimiter=_delimiter(path)).fieldnames or [])
+        if path.suffix.lower() in _DELIMITERS:
+            with _separated(path) as rows:
+                return list(rows.fieldnames or [])
     return list(next(read_rows(path, (), option), {}))
 
 
@@ -93,45 +107,22 @@ def text_list(value: object) -> list[str]:
     return [str(item).strip() for item in value or [] if str(item).strip()]  # type: ignore[union-attr]
 
 
-def _parquet(path: Path, columns: Sequence[str], option: str) -> Iterator[dict[str, Any]]:
-    # buffered: else a whole row group, often a thousand images, is in memory at once
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        check_columns(file.schema_arrow.names, columns, path, option)
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            yield from batch.to_pylist()
-
-
-def _separated(path: Path, columns: Sequence[str], option: str) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def _separated(path: Path) -> Iterator[csv.DictReader]:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is one field
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter=_delimiter(path))
-        check_columns(rows.fieldnames or [], columns, path, option)
-        pointed_at = _pointed_at(path) if "image" in columns and path.suffix.lower() == ".tsv" else set()
-        images: dict[str, str] = {}
-        for row in rows:
-            image = row.get("image") or ""
-            if row.get("index") in pointed_at:
-                images[row["index"]] = image
-            if image and len(image) <= _LONGEST_POINTER:
-                row["image"] = images.get(image, "")
-            yield row
+        yield csv.DictReader(file, delimiter=_DELIMITERS[path.suffix.lower()])
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
-def _pointed_at(path: Path) -> set[str]:
-    """Indices of the rows whose images others share: only those are kept in memory."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        images = (row.get("image") or "" for row in csv.DictReader(file, delimiter="\t"))
-        return {image for image in images if image and len(image) <= _LONGEST_POINTER}
-
-
-def _json(path: Path, columns: Sequence[str], option: str) -> Iterator[dict[str, Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise OptionError(option, path, "is not a list of records", "give a copy of the published file")
+def _with_images(rows: csv.DictReader, path: Path) -> Iterator[dict[str, Any]]:
+    """`rows` with pointers replaced by images; only those that others point at are kept in memory."""
+    with _separated(path) as first_time:
+        pointers = {image for row in first_time if 0 < len(image := row.get("image") or "") <= _LONGEST_POINTER}
+    images: dict[str, str] = {}
     for row in rows:
-        check_columns(list(row), columns, path, option)
+        image = row.get("image") or ""
+        if row.get("index") in pointers:
+            images[row["index"]] = image
+        if image and len(image) <= _LONGEST_POINTER:
+            row["image"] = images.get(image, "")
         yield row

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_vopd.tools.evaluation.benchmarks import Benchmark
-
 _VIEWS = ("full", "crop")
 
 
-def table(benchmark: Benchmark | None, result: dict[str, Any], comparison: dict[str, Any] | None) -> str:
-    """The result of one benchmark (`summarise`) in lines: headline, views, categories, sizes, comparison."""
-    total = f" of {benchmark.num_questions}" if benchmark and benchmark.num_questions else ""
-    if benchmark and benchmark.num_questions == result["num_samples"]:
-        total = ""
+def table(result: dict[str, Any], published: int | None, comparison: dict[str, Any] | None) -> str:
+    """The result of one benchmark (`summarise`) in lines: headline, views, categories, sizes, comparison.
+
+    `published` is the number of questions of the whole benchmark, where it is known.
+    """
+    total = f" of {published}" if published and published != result["num_samples"] else ""
     views = [view for view in _VIEWS if view in result]
     lines = [f"\n{result['title']}: {result['num_samples']} questions{total}"]
     rows = [["", "questions", *(f"{view} view" for view in views)]]
     rows.append(["accuracy", "", *(_percent(result[view]["accuracy"]) for view in views)])
-    rows.append(["95% interval", "", *(_between(result[view]["interval"]) for view in views)])
-    if any(result[view]["num_undecided"] for view in views):
-        rows.append(["undecided, counted wrong", "", *(str(result[view]["num_undecided"]) for view in views)])
-    if any(result[view]["num_empty"] for view in views):
-        rows.append(["empty replies among them", "", *(str(result[view]["num_empty"]) for view in views)])
+    rows.append(
+        ["95% interval", "", *("{:.1f} to {:.1f}".format(*_hundred(result[view]["interval"])) for view in views)]
+    )
+    for key, name in (("num_undecided", "undecided, counted wrong"), ("num_empty", "empty replies among them")):
+        if any(result[view][key] for view in views):
+            rows.append([name, "", *(str(result[view][key]) for view in views)])
     for name, part in result["categories"].items():
         rows.append([f"  {name}", str(part["num_samples"]), *(_percent(part.get(view)) for view in views)])
     for part in result.get("by_evidence_size", []):
@@ -37,8 +37,8 @@ def table(benchmark: Benchmark | None, result: dict[str, Any], comparison: dict[
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=False))]
         lines.append("  ".join(cells).rstrip())
     if comparison is not None:
-        low, high = (f"{100 * value:+.1f}" for value in comparison["interval"])
-        lines.append(f"against the baseline {_points(comparison['difference'])} ({low} to {high}), full view")
+        low, high = _hundred(comparison["interval"])
+        lines.append(f"against the baseline {_points(comparison['difference'])} ({low:+.1f} to {high:+.1f}), full view")
         if "gap_closed" in comparison:
             lines[-1] += f": {_percent(comparison['gap_closed'])} of its gap closed"
     return "\n".join(lines)
@@ -52,5 +52,5 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f} points"
 
 
-def _between(pair: list[float]) -> str:
-    return f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+def _hundred(pair: list[float]) -> list[float]:
+    return [100 * value for value in pair]

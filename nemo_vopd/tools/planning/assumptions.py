@@ -19,7 +19,7 @@ class Gpu:
     flops: dict[str, float]
     """Dense peak, operations per second, by number format."""
     bandwidth: float
-    """Of its memory, bytes per second."""
+    """Bytes per second of its memory."""
 
 
 _H100_FLOPS = {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12}
@@ -61,7 +61,7 @@ class Assumptions:
     bandwidth_efficiency: float = 0.6
     """Share of the memory bandwidth that decoding reaches."""
     decode_layer_seconds: float = 3e-4
-    """Least time of one layer for one token of a lane, whatever its size: kernel launches and small all-reduces."""
+    """Least time of one layer for one token of a batch, whatever its size: kernel launches and small all-reduces."""
     network_bytes_per_second: float = 40e9
     """Each GPU's share of the network between nodes: gradients, weights and the teacher cross it once a step."""
     context_gib: float = 1.5

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_vopd.config import Config
-from nemo_vopd.tools.planning.assumptions import Assumptions, Gpu
+from nemo_vopd.tools.planning.assumptions import Assumptions
 from nemo_vopd.tools.planning.count import ModelCount, StageCount
 from nemo_vopd.tools.planning.memory import element_bytes, kv_cache_bytes, prompts_of_a_pass
-from nemo_vopd.tools.planning.workload import Packed, Workload
+from nemo_vopd.tools.planning.workload import Case, Packed
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,10 @@ def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, 
     return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens, fp8)
 
 
-def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu, assume: Assumptions) -> Timing:
+def timing(case: Case) -> Timing:
     """Operations and seconds of one step."""
-    peak = gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
+    config, hf, model, work, assume = case.config, case.hf, case.model, case.work, case.assume
+    peak = case.gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
     stages, chunks = model.stages, config.parallel.virtual_pipeline
     again = {"none": 0, "mlp": _feed_forward_share(model), "layers": 1}[config.trainer.recompute]
     student = []
@@ -100,8 +100,8 @@ def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu,
     num, ranks = work.num_microbatches, config.parallel.tensor * model.data_parallel
     student_times = [cost.seconds(peak, assume) for cost in student]
     teacher_times = [cost.seconds(peak, assume) for cost in teacher]
-    prefill, prefill_seconds = _prefill(hf, model, work, peak, assume)
-    decode, decode_seconds = _decode(model, work, gpu, peak, assume)
+    prefill, prefill_seconds = _prefill(case, peak)
+    decode, decode_seconds = _decode(case, peak)
     flops = {
         "rollout": ranks * (prefill + decode),
         "teacher": ranks * num * sum(cost.total for cost in teacher),
@@ -111,7 +111,7 @@ def timing(config: Config, hf: Any, model: ModelCount, work: Workload, gpu: Gpu,
         "rollout": prefill_seconds + decode_seconds,
         "teacher": _pipeline_seconds(teacher_times, num, chunks),
         "student": _pipeline_seconds(student_times, num, chunks),
-        "optimizer": _update_seconds(config, model, gpu, assume),
+        "optimizer": _update_seconds(case),
     }
     fill = (len(stages) - 1) / chunks
     return Timing(flops, seconds, fill / (num + fill), student_times)
@@ -131,34 +131,30 @@ def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) ->
     return num_microbatches * slowest + (sum(times) - slowest) / chunks
 
 
-def _prefill(hf: Any, model: ModelCount, work: Workload, peak: float, assume: Assumptions) -> tuple[float, float]:
+def _prefill(case: Case, peak: float) -> tuple[float, float]:
     """(operations of one model-parallel group's rank 0s, seconds) of computing every prompt once."""
-    prompt = work.student
+    work, prompt = case.work, case.work.student
     passes = -(-work.num_prompts // prompts_of_a_pass(work, prompt))
     size = work.num_prompts / passes
-    packed = Packed(
-        max(1, round(size)),
-        round(size * prompt.num_tokens),
-        max(1, round(size)),
-        round(size * prompt.num_image_tokens),
-        round(size * prompt.num_patches),
-        0,
+    tokens, images, patches = (
+        round(size * n) for n in (prompt.num_tokens, prompt.num_image_tokens, prompt.num_patches)
     )
-    costs = [forward_cost(hf, model, stage, packed, sampling=True) for stage in model.stages]
+    packed = Packed(max(1, round(size)), tokens, max(1, round(size)), images, patches, 0)
+    costs = [forward_cost(case.hf, case.model, stage, packed, sampling=True) for stage in case.model.stages]
     total = passes * sum(cost.total for cost in costs)
-    return total, _pipeline_seconds([cost.seconds(peak, assume) for cost in costs], passes, 1)
+    return total, _pipeline_seconds([cost.seconds(peak, case.assume) for cost in costs], passes, 1)
 
 
-def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: Assumptions) -> tuple[float, float]:
+def _decode(case: Case, peak: float) -> tuple[float, float]:
     """(operations, seconds) of decoding. What does not fit follows as responses end; the last go on to the longest.
 
-    Each token of a lane reads a stage's weights and the lane's keys and values once; launching the kernels of a layer
+    Each token of a batch reads a stage's weights and the batch's keys and values once; launching the kernels of a layer
     takes `decode_layer_seconds` whatever they compute.
     """
-    lanes, e = work.lanes, element_bytes(model.megatron)
-    prompts = min(work.num_prompts / lanes.num_lanes, lanes.num_prompts)
+    model, work, assume, decoding = case.model, case.work, case.assume, case.work.decoding
+    e, prompts = element_bytes(model.megatron), min(work.num_prompts / decoding.num_batches, decoding.num_prompts)
     rows = prompts * work.n
-    speed = gpu.bandwidth * assume.bandwidth_efficiency
+    speed = case.gpu.bandwidth * assume.bandwidth_efficiency
     positions = round(prompts * work.student.num_tokens + rows * work.longest_response / 2)
     times, operations = [], 0.0
     for stage in model.stages:
@@ -168,19 +164,20 @@ def _decode(model: ModelCount, work: Workload, gpu: Gpu, peak: float, assume: As
         work_seconds = max((e * weights + cache) / speed, 2 * rows * weights / (peak * assume.efficiency))
         times.append(max(work_seconds, layers * assume.decode_layer_seconds))
         operations += 2 * weights
-    # a token returns to the first stage when all lanes have passed the slowest, or one has passed them all
-    per_token = max(lanes.num_lanes * max(times), sum(times))
-    refills = work.num_prompts / (lanes.num_lanes * prompts) - 1
+    # a token returns to the first stage when all batches have passed the slowest, or one has passed them all
+    per_token = max(decoding.num_batches * max(times), sum(times))
+    refills = work.num_prompts / (decoding.num_batches * prompts) - 1
     steps = work.longest_response + refills * work.response_tokens
     return operations * work.num_sequences * work.response_tokens, steps * per_token
 
 
-def _update_seconds(config: Config, model: ModelCount, gpu: Gpu, assume: Assumptions) -> float:
+def _update_seconds(case: Case) -> float:
     """Gradients reduced, weights and the teacher's weights gathered, every state read and written once."""
+    model, assume = case.model, case.assume
     e, size = element_bytes(model.megatron), model.data_parallel
-    own_teacher = config.distill.teacher.kind not in ("current", "fixed", "trust_region")
+    own_teacher = case.config.distill.teacher.kind not in ("current", "fixed", "trust_region")
     crossing = 4 + e + (e if own_teacher else 0)
     fullest = max(stage.buffers.num_padded for stage in model.stages)
     sent = crossing * fullest * (size - 1) / size
     touched = fullest * 8 + fullest / size * 48
-    return sent / assume.network_bytes_per_second + touched / (gpu.bandwidth * assume.bandwidth_efficiency)
+    return sent / assume.network_bytes_per_second + touched / (case.gpu.bandwidth * assume.bandwidth_efficiency)

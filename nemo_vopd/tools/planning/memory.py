@@ -1,4 +1,17 @@
-"""Bytes on each GPU and in each node's host memory, by kind, for every pipeline stage."""
+"""Bytes on each GPU and in each node's host memory, by kind, for every pipeline stage.
+
+Activations are the tensors that our layers really save between forward and backward.
+With e bytes an element, h heads and g key-value heads of width d, H hidden, F feed-forward, t the tensor-parallel size
+and r = t under sequence parallelism, else 1, a language layer keeps for each token (docs/parallelism.md):
+
+    norms       2 (4 + 2e) H / r    float32 copy, normalised, scaled (Transformer Engine: 2 (2e) H / r)
+    attention   e (h + 2g) d / t    output of linear_qkv, which the values are a view of
+                e (h + g) d / t     rotated queries and keys
+                e h d / t           output
+                4 h / t             log-sum-exp of each row
+                4 e d               cosines and sines of queries and keys: not divided
+    feed-forward  3 e F / t         gate and up, their product
+"""
 
 from __future__ import annotations
 
@@ -10,14 +23,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_vopd.config import Config
 from nemo_vopd.distill.fused import default_chunk_tokens
 from nemo_vopd.rollout.native.batching import PROMPT_TOKENS
-from nemo_vopd.tools.planning.activations import ActivationLaw, activation_law, most_alive
-from nemo_vopd.tools.planning.assumptions import GIB, Assumptions, Gpu
-from nemo_vopd.tools.planning.count import ModelCount, StageCount
-from nemo_vopd.tools.planning.workload import Packed, Prompt, Workload, patch_width
+from nemo_vopd.tools.planning.assumptions import GIB
+from nemo_vopd.tools.planning.count import StageCount
+from nemo_vopd.tools.planning.workload import Case, Packed, Prompt, Workload, patch_width
 
 _SAMPLING_BYTES, _SORTING_BYTES = 12, 44
-"""Of one logit while a token is drawn: float32 scaled, less their maximum, a copy. With top_p < 1 also its place in the
-order and float64 probabilities with running sums."""
+"""Bytes of one logit while a token is drawn: float32 scaled, less their maximum, a copy; with top_p < 1 also those of
+its place in the order, float64 probabilities and running sums."""
 
 PHASES = {
     "rollout": ("kv_cache", "rollout_workspace"),
@@ -87,10 +99,9 @@ def loss_bytes(config: Config, stage: StageCount, hidden: int, e: int, num_rows:
     return logits * 4 * num_float32 + e * num_rows * hidden
 
 
-def stage_memory(
-    config: Config, hf: Any, model: ModelCount, number: int, work: Workload, gpu: Gpu, assume: Assumptions
-) -> StageMemory:
+def stage_memory(case: Case, number: int) -> StageMemory:
     """Bytes on one GPU of stage `number`."""
+    config, hf, model, work = case.config, case.hf, case.model, case.work
     stage, megatron, num_stages = model.stages[number], model.megatron, len(model.stages)
     e, hidden = element_bytes(megatron), megatron.hidden_size
     law = activation_law(config, hf, megatron, transformer_engine=config.model.layer_spec != "local")
@@ -100,7 +111,11 @@ def stage_memory(
         copies = 3 if config.distill.teacher.kind != "current" else 2
         kinds["fp8_weights"] = copies * stage.num_layer_weights * sum(stage.chunk_layers)
 
-    chunks = _chunk_bytes(law, work.student_most, stage.chunk_layers, first=first, last=last)
+    ends = len(stage.chunk_layers) - 1
+    chunks = [
+        law.stage_bytes(work.student_most, num, first=first and index == 0, last=last and index == ends)
+        for index, num in enumerate(stage.chunk_layers)
+    ]
     kinds["activations"] = most_alive(work.num_microbatches, num_stages, number, chunks)
     kinds["workspace"] = _one_layer(law, work.student_most, first)
     if first:
@@ -114,36 +129,26 @@ def stage_memory(
     # patches stay in host memory until the first stage runs their microbatch
     kinds["microbatches"] = work.num_microbatches * (id_bytes(work.student_mean) + id_bytes(work.teacher_mean))
 
-    lanes, longest = work.lanes, work.longest_prompt
-    kinds["kv_cache"] = kv_cache_bytes(megatron, sum(stage.chunk_layers), lanes.num_positions * lanes.num_lanes)
+    decoding, longest = work.decoding, work.longest_prompt
+    positions = decoding.num_positions * decoding.num_batches
+    kinds["kv_cache"] = kv_cache_bytes(megatron, sum(stage.chunk_layers), positions)
     num = prompts_of_a_pass(work, longest)
     prompts = Packed(num, num * longest.num_tokens, num, num * longest.num_image_tokens, num * longest.num_patches, 0)
     per_logit = _SAMPLING_BYTES + (_SORTING_BYTES if config.rollout.top_p < 1 else 0) + 2 * e
-    sampling = lanes.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
+    sampling = decoding.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
     kinds["rollout_workspace"] = max(_one_layer(law, prompts, first), sampling)
 
-    kinds["reserve"] = int(assume.reserve * gpu.memory_bytes)
-    kinds["context"] = int(assume.context_gib * GIB)
-    return StageMemory(kinds, _phases(kinds))
+    kinds["reserve"] = int(case.assume.reserve * case.gpu.memory_bytes)
+    kinds["context"] = int(case.assume.context_gib * GIB)
+    passing = {kind for names in PHASES.values() for kind in names}
+    always = sum(number for kind, number in kinds.items() if kind not in passing)
+    phases = {phase: always + sum(kinds[kind] for kind in names) for phase, names in PHASES.items()}
+    return StageMemory(kinds, phases)
 
 
 def prompts_of_a_pass(work: Workload, prompt: Prompt) -> int:
     """How many prompts like `prompt` the native engine computes together."""
-    return max(1, min(work.lanes.num_prompts, PROMPT_TOKENS["cuda"] // prompt.num_tokens))
-
-
-def _phases(kinds: dict[str, int]) -> dict[str, int]:
-    passing = {kind for names in PHASES.values() for kind in names}
-    always = sum(number for kind, number in kinds.items() if kind not in passing)
-    return {phase: always + sum(kinds[kind] for kind in names) for phase, names in PHASES.items()}
-
-
-def _chunk_bytes(law: ActivationLaw, packed: Packed, layers: tuple[int, ...], *, first: bool, last: bool) -> list[int]:
-    ends = len(layers) - 1
-    return [
-        law.stage_bytes(packed, num, first=first and index == 0, last=last and index == ends)
-        for index, num in enumerate(layers)
-    ]
+    return max(1, min(work.decoding.num_prompts, PROMPT_TOKENS["cuda"] // prompt.num_tokens))
 
 
 def _one_layer(law: ActivationLaw, packed: Packed, first: bool) -> int:
@@ -151,14 +156,13 @@ def _one_layer(law: ActivationLaw, packed: Packed, first: bool) -> int:
     return max(packed.num_tokens * law.layer, packed.num_patches * law.tower_block if first else 0)
 
 
-def host_bytes(
-    config: Config, hf: Any, model: ModelCount, work: Workload, gpus_per_node: int, assume: Assumptions
-) -> dict[str, int]:
+def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     """Host memory of one node by kind, the processes of its GPUs together."""
+    config, hf, model, work = case.config, case.hf, case.model, case.work
     images = 4 * patch_width(hf.vision_config) * (work.student.num_patches + work.teacher.num_patches)
     per_step = sum(patch_bytes(packed, hf.vision_config) for packed in (work.student_mean, work.teacher_mean))
     kinds = {
-        "processes": int(assume.host_process_gib * GIB),
+        "processes": int(case.assume.host_process_gib * GIB),
         # the step's prompts, those the loader prepares meanwhile, and their copies for the n responses
         "prompts": 2 * work.num_prompts * images,
         "microbatches": work.num_microbatches * per_step,
@@ -170,3 +174,94 @@ def host_bytes(
         teacher = 4 if config.distill.teacher.kind != "current" else 0
         kinds["checkpoint_copy"] = (12 + teacher) * max(stage.buffers.num_owned for stage in model.stages)
     return {kind: gpus_per_node * number for kind, number in kinds.items()}
+
+
+@dataclass(frozen=True)
+class ActivationLaw:
+    """Bytes for each token or patch on one rank."""
+
+    layer: int
+    """Of one language layer, a token."""
+    final_norm: int
+    """After the last layer, a token."""
+    kept: int
+    """Of one language layer, a token, until the backward pass: less than `layer` where `trainer.recompute` says so."""
+    boundary: int
+    """Hidden states a stage receives or sends and keeps for the backward pass, a token."""
+    tower: int
+    """Of the whole vision tower, a patch; 0 when neither it nor its projector is trained."""
+    tower_block: int
+    """Of one block of the tower, a patch."""
+
+    def stage_bytes(self, packed: Packed, num_layers: int, *, first: bool, last: bool) -> int:
+        """What one microbatch keeps alive in a chunk of `num_layers` layers."""
+        # the boundary: what a neighbour sent and what goes to the next stage
+        each = num_layers * self.kept + last * self.final_norm + self.boundary * ((not first) + (not last))
+        return packed.num_tokens * each + first * packed.num_patches * self.tower
+
+
+def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, transformer_engine: bool) -> ActivationLaw:
+    """The law above for the layers of `megatron`, Transformer Engine's or our own."""
+    e = 2 if megatron.bf16 else 4
+    t = megatron.tensor_model_parallel_size
+    split = t if megatron.sequence_parallel else 1
+    heads, groups, d = megatron.num_attention_heads, megatron.num_query_groups, megatron.kv_channels
+    assert groups is not None and d is not None and megatron.ffn_hidden_size is not None
+    hidden = megatron.hidden_size
+    norm = 2 * e if transformer_engine else 4 + 2 * e
+    attention = e * (heads + 2 * groups) * d + e * (heads + groups) * d + e * heads * d + 4 * heads
+    if megatron.qk_layernorm:
+        attention += norm * (heads + groups) * d
+    feed_forward = 3 * e * megatron.ffn_hidden_size / t
+    layer = 2 * norm * hidden / split + attention / t + feed_forward + 4 * e * d
+    # computed again from its input: the norm's output, or the hidden states and the angles
+    kept = {"none": layer, "mlp": layer - feed_forward, "layers": e * hidden / split}[config.trainer.recompute]
+    vision = hf.vision_config
+    block = _tower_block(vision, e)
+    options = config.model.freeze
+    kept_block = e * vision.hidden_size if config.trainer.recompute_vision else block  # its input
+    tower = (
+        0
+        if options.vision
+        else vision.depth * kept_block + e * patch_width(vision) + 8 * (vision.hidden_size // vision.num_heads)
+    )
+    if not options.projector or tower:
+        tower += (4 + 2 * e) * vision.hidden_size + 2 * e * vision.hidden_size
+    return ActivationLaw(
+        layer=round(layer),
+        kept=round(kept),
+        final_norm=round((e if transformer_engine else 4 + e) * hidden / split),
+        boundary=round(e * hidden / split),
+        tower=tower,
+        tower_block=block,
+    )
+
+
+def _tower_block(vision: Any, e: int) -> int:
+    """Hugging Face's block for each patch: it is not divided over tensor-parallel ranks."""
+    width = vision.hidden_size
+    gated = vision.hidden_act == "silu"
+    # RMSNorm written out, as in our own layers; LayerNorm keeps its input, its output is the next product's
+    norms = 2 * (4 + 2 * e if gated else 2 * e) * width
+    attention = 6 * e * width + 4 * vision.num_heads
+    return norms + attention + (4 if gated else 2) * e * vision.intermediate_size
+
+
+def most_alive(num_microbatches: int, num_stages: int, stage: int, chunk_bytes: list[int]) -> int:
+    """Highest sum of activations alive on `stage` under Megatron's 1F1B schedule, interleaved with several chunks.
+
+    `chunk_bytes` is what one microbatch keeps in each chunk of the stage. With one chunk this is
+    min(stages - stage, microbatches) microbatches.
+    """
+    chunks = len(chunk_bytes)
+    total = num_microbatches * chunks
+    warmup = num_stages - stage - 1 if chunks == 1 else (num_stages - stage - 1) * 2 + (chunks - 1) * num_stages
+    round_length = num_stages if chunks > 1 else 1
+    alive = highest = 0
+    for forward in range(total):
+        alive += chunk_bytes[forward // round_length % chunks]
+        highest = max(highest, alive)
+        backward = forward - min(warmup, total - 1)
+        if backward >= 0:
+            alive -= chunk_bytes[chunks - 1 - backward // round_length % chunks]
+    return highest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from nemo_vopd.config import Config
@@ -11,15 +12,8 @@ from nemo_vopd.tools.planning.plan import Plan
 
 def layout_of(config: Config, data_parallel: int | None) -> dict[str, Any]:
     """The sizes of `config.parallel`."""
-    parallel = config.parallel
-    return {
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "pipeline_layout": parallel.pipeline_layout,
-        "sequence": parallel.sequence,
-        "data": data_parallel,
-    }
+    names = ("tensor", "pipeline", "virtual_pipeline", "pipeline_layout", "sequence")
+    return {name: getattr(config.parallel, name) for name in names} | {"data": data_parallel}
 
 
 def refusal_json(config: Config, gpu: Gpu, world_size: int, assume: Assumptions, remedy: str) -> dict[str, Any]:
@@ -41,12 +35,9 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
     """All numbers of a plan: bytes, seconds, operations."""
     work, model, timing = plan.work, plan.model, plan.timing
     sequence = {"student": work.student.num_tokens, "teacher": work.teacher.num_tokens}
+    num_sequences = work.num_sequences * model.data_parallel
     return {
-        "parameters": {
-            "total": model.num_text + model.num_vision,
-            "text": model.num_text,
-            "vision": model.num_vision,
-        },
+        "parameters": {"total": model.num_text + model.num_vision, "text": model.num_text, "vision": model.num_vision},
         "stages": [
             {
                 "stage": number,
@@ -66,16 +57,16 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
         "batch": {
             "prompts": plan.config.data.batch_size,
             "responses_per_prompt": work.n,
-            "sequences": work.num_sequences * model.data_parallel,
-            "student_tokens": work.num_sequences * model.data_parallel * (sequence["student"] + work.response_tokens),
-            "teacher_tokens": work.num_sequences * model.data_parallel * (sequence["teacher"] + work.response_tokens),
-            "response_tokens": work.num_sequences * model.data_parallel * work.response_tokens,
+            "sequences": num_sequences,
+            "student_tokens": num_sequences * (sequence["student"] + work.response_tokens),
+            "teacher_tokens": num_sequences * (sequence["teacher"] + work.response_tokens),
+            "response_tokens": num_sequences * work.response_tokens,
             "prompt_tokens": sequence,
             "prompts_per_rank": work.num_prompts,
             "sequences_per_rank": work.num_sequences,
             "microbatches": work.num_microbatches,
             "largest_microbatch_tokens": work.student_most.num_tokens,
-            "prompts_decoded_together": work.lanes.num_lanes * work.lanes.num_prompts,
+            "prompts_decoded_together": work.decoding.num_batches * work.decoding.num_prompts,
             "pipeline_bubble": timing.bubble,
         },
         "flops": {**timing.flops, "total": sum(timing.flops.values())},
@@ -128,27 +119,29 @@ def plan_text(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> list[str]:
-    stages = plan.stages
-    head = "GiB on each GPU" + " " * 8 + "".join(f"{f'stage {i}':>10}" for i in range(len(stages)))
-    rows = [f"{'parameters, billion':<23}" + "".join(f"{c.num_parameters / 1e9:>10.2f}" for c in plan.model.stages)]
-    rows.append(f"{'language layers':<23}" + "".join(f"{sum(c.chunk_layers):>10}" for c in plan.model.stages))
-    for kind in stages[0].kinds:
-        rows.append(f"{kind:<23}" + "".join(f"{s.kinds[kind] / GIB:>10.2f}" for s in stages))
-    for phase in stages[0].phases:
-        rows.append(f"{f'= {phase} phase':<23}" + "".join(f"{s.phases[phase] / GIB:>10.2f}" for s in stages))
-    have = plan.gpu.memory_bytes / GIB
-    rows.append(f"{'fullest phase':<23}" + "".join(f"{s.total / GIB:>10.2f}" for s in stages) + f"  of {have:.1f}")
-    return [head, *rows]
+    stages, counts = plan.stages, plan.model.stages
+
+    def row(name: str, cells: Iterable[object]) -> str:
+        return f"{name:<23}" + "".join(f"{f'{c:.2f}' if isinstance(c, float) else c:>10}" for c in cells)
+
+    return [
+        row("GiB on each GPU", [f"stage {i}" for i in range(len(stages))]),
+        row("parameters, billion", [c.num_parameters / 1e9 for c in counts]),
+        row("language layers", [sum(c.chunk_layers) for c in counts]),
+        *(row(kind, [s.kinds[kind] / GIB for s in stages]) for kind in stages[0].kinds),
+        *(row(f"= {phase} phase", [s.phases[phase] / GIB for s in stages]) for phase in stages[0].phases),
+        row("fullest phase", [s.total / GIB for s in stages]) + f"  of {plan.gpu.memory_bytes / GIB:.1f}",
+    ]
 
 
 def _time_table(plan: Plan) -> list[str]:
     timing = plan.timing
-    rows = [f"{'phase':<12}{'PFLOP':>10}{'seconds':>10}"]
-    for phase, seconds in timing.seconds.items():
-        flops = timing.flops.get(phase)
-        rows.append(f"{phase:<12}{'' if flops is None else f'{flops / 1e15:.0f}':>10}{seconds:>10.1f}")
-    rows.append(f"{'step':<12}{sum(timing.flops.values()) / 1e15:>10.0f}{timing.step_seconds:>10.1f}")
+    flops = {phase: f"{number / 1e15:.0f}" for phase, number in timing.flops.items()}
     stages = ", ".join(f"{seconds * 1e3:.0f}" for seconds in timing.stage_seconds)
-    rows.append(f"student pass of one microbatch by stage, milliseconds: {stages}")
-    rows.append(f"{plan.config.trainer.max_steps} steps: {plan.gpu_hours:.0f} GPU-hours")
-    return rows
+    return [
+        f"{'phase':<12}{'PFLOP':>10}{'seconds':>10}",
+        *(f"{phase:<12}{flops.get(phase, ''):>10}{seconds:>10.1f}" for phase, seconds in timing.seconds.items()),
+        f"{'step':<12}{sum(timing.flops.values()) / 1e15:>10.0f}{timing.step_seconds:>10.1f}",
+        f"student pass of one microbatch by stage, milliseconds: {stages}",
+        f"{plan.config.trainer.max_steps} steps: {plan.gpu_hours:.0f} GPU-hours",
+    ]

@@ -1,4 +1,4 @@
-"""What one step is made of: prompts, responses, tokens, microbatches and decoding lanes of one data-parallel rank."""
+"""What one step is made of: prompts, responses, tokens, microbatches and decoding batches of a data-parallel rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.planning.assumptions import Assumptions
+from nemo_vopd.tools.planning.assumptions import Assumptions, Gpu
+from nemo_vopd.tools.planning.count import ModelCount
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,24 @@ class Packed:
 
     num_sequences: int
     num_tokens: int
-    """Responses included."""
+    """Tokens of prompts and responses."""
     num_prompts: int
-    """Their images pass the tower once for all their responses."""
+    """Prompts, whose images pass the tower once for all their responses."""
     num_image_tokens: int
-    """Of each prompt once."""
+    """Image tokens, each prompt counted once."""
     num_patches: int
     num_response_rows: int
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """How the native engine decodes a rank's prompts: one batch for each pipeline stage, refilled as responses end."""
+class DecodingBatches:
+    """Continuous batching of a rank's prompts: one batch for each pipeline stage, refilled as responses end."""
 
-    num_lanes: int
+    num_batches: int
     num_prompts: int
-    """Of each lane at one time."""
+    """Prompts in each batch at one time."""
     num_positions: int
-    """Of each lane's KV cache."""
+    """Positions in each batch's KV cache."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,26 @@ class Workload:
     student_most: Packed
     """The largest microbatch, which decides the memory."""
     teacher_most: Packed
-    lanes: Lanes
+    decoding: DecodingBatches
 
     @property
     def num_sequences(self) -> int:
         """Prompt and response, once for each view."""
         return self.num_prompts * self.n
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration on one kind of GPU: what memory and time follow from."""
+
+    config: Config
+    hf: Any
+    """The Hugging Face configuration of the model."""
+    gpu: Gpu
+    assume: Assumptions
+    world_size: int
+    model: ModelCount
+    work: Workload
 
 
 def patch_width(vision: Any) -> int:
@@ -102,16 +117,14 @@ def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -
         num_tokens = min(num_images + text, config.data.max_prompt_length)
         return Prompt(num_tokens, num_images, num_images * merge**2)
 
-    full = image_tokens(config.data.full, side, assume.full_image_tokens)
-    crop = image_tokens(config.data.crop_pixels, side, assume.crop_image_tokens)
-    most_full = image_tokens(config.data.full, side, None)
-    most_crop = image_tokens(config.data.crop_pixels, side, None)
-    view = config.distill.teacher_view
-    seen = {"crop": (crop,), "full": (full,), "boxed": (full,), "full_and_crop": (full, crop)}[view]
-    most = {"crop": (most_crop,), "full": (most_full,), "boxed": (most_full,), "full_and_crop": (most_full, most_crop)}
-    student, teacher = prompt(assume.text_tokens, full), prompt(assume.text_tokens, *seen)
-    longest = prompt(assume.longest_text_tokens, most_full)
-    longest_teacher = prompt(assume.longest_text_tokens, *most[view])
+    def both_views(text: int, full_tokens: int | None, crop_tokens: int | None) -> tuple[Prompt, Prompt]:
+        full = image_tokens(config.data.full, side, full_tokens)
+        crop = image_tokens(config.data.crop_pixels, side, crop_tokens)
+        seen = {"crop": [crop], "full_and_crop": [full, crop]}.get(config.distill.teacher_view, [full])
+        return prompt(text, full), prompt(text, *seen)
+
+    student, teacher = both_views(assume.text_tokens, assume.full_image_tokens, assume.crop_image_tokens)
+    longest, longest_teacher = both_views(assume.longest_text_tokens, None, None)
 
     longest_response = config.rollout.max_response_length
     response = min(assume.response_tokens, longest_response)
@@ -157,7 +170,7 @@ def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -
         teacher_mean=mean(teacher),
         student_most=largest(student, longest),
         teacher_most=largest(teacher, longest_teacher),
-        lanes=lanes(config, num_prompts, student.num_tokens, longest.num_tokens),
+        decoding=_decoding_batches(config, num_prompts, student.num_tokens, longest.num_tokens),
     )
 
 
@@ -170,11 +183,11 @@ def _parts_together(fit: int, n: int) -> int:
     return fit // math.ceil(n / num_parts)
 
 
-def lanes(config: Config, num_prompts: int, prompt_tokens: int, longest_prompt: int) -> Lanes:
-    """As `rollout.megatron.Decoder` divides its token budget, for prompts of one length and a longest one."""
-    num_lanes = min(config.parallel.pipeline, num_prompts)
-    most = -(-num_prompts // num_lanes)
+def _decoding_batches(config: Config, num_prompts: int, prompt_tokens: int, longest_prompt: int) -> DecodingBatches:
+    """As `rollout.native.engine.Decoder` divides its token budget, for prompts of one length and a longest one."""
+    num_batches = min(config.parallel.pipeline, num_prompts)
+    most = -(-num_prompts // num_batches)
     responses = config.rollout.n * config.rollout.max_response_length
     cost = longest_prompt + responses
     positions = max(cost, min(config.rollout.max_batch_tokens // config.parallel.pipeline, most * cost))
-    return Lanes(num_lanes, min(most, positions // (prompt_tokens + responses)), positions)
+    return DecodingBatches(num_batches, min(most, positions // (prompt_tokens + responses)), positions)

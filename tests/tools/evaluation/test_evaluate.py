@@ -509,7 +509,8 @@ def test_an_answers_file_keeps_the_last_word(tmp_path):
     path = tmp_path / "deep" / "a.jsonl"
     file = AnswersFile(path, {"model": "m"})
     answer = Answer("1", "full", "über", "x", "text")
-    file.write([answer, Answer("1", "crop", "y", "x", "text")])
+    for kept in (answer, Answer("1", "crop", "y", "x", "text")):
+        file.write(kept)
     file.close()
     again = AnswersFile(path, {"model": "m"})
     assert again.answers["1", "full"] == answer and len(again.answers) == 2

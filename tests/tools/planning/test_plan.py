@@ -70,8 +70,7 @@ def measure(config: Config) -> dict:
     from nemo_vopd.mcore.schedule import student_pass, teacher_pass
     from nemo_vopd.model import VisionOPDModel
     from nemo_vopd.rollout.native.cache import KVCache
-    from nemo_vopd.tools.planning.activations import activation_law, most_alive
-    from nemo_vopd.tools.planning.memory import kv_cache_bytes
+    from nemo_vopd.tools.planning.memory import activation_law, kv_cache_bytes, most_alive
     from nemo_vopd.tools.planning.workload import Packed
     from nemo_vopd.vlm.build import hf_config
 
@@ -182,8 +181,7 @@ def shipped(name: str, *overrides: str) -> Config:
 def plans(cases: list[tuple[str, tuple[str, ...]]]) -> list[dict]:
     from nemo_vopd.errors import OptionError
     from nemo_vopd.tools.planning.assumptions import Assumptions, gpu_named
-    from nemo_vopd.tools.planning.plan import make_plan
-    from nemo_vopd.tools.planning.remedy import divide_remedy, remedy_for
+    from nemo_vopd.tools.planning.plan import divide_remedy, make_plan, remedy_for
     from nemo_vopd.tools.planning.text import plan_json, plan_text, refusal_json
 
     results = []
@@ -246,7 +244,7 @@ def test_remedies_are_changes_that_work():
 
 
 def test_one_forward_one_backward_keeps_as_many_microbatches_as_stages_follow():
-    from nemo_vopd.tools.planning.activations import most_alive
+    from nemo_vopd.tools.planning.memory import most_alive
 
     for stages, stage, num in ((4, 0, 16), (4, 3, 16), (4, 0, 2), (1, 0, 5)):
         assert most_alive(num, stages, stage, [10]) == 10 * min(stages - stage, num)
