@@ -33,7 +33,7 @@ class JudgeConfig(EndpointConfig):
     """A language model that decides where rules cannot."""
 
     max_tokens: int = 16
-    """Of its reply; one that reasons before it says Yes or No needs thousands."""
+    """Number of tokens of its reply; one that reasons before it says Yes or No needs thousands."""
 
 
 @dataclass
@@ -66,12 +66,11 @@ def check(config: EvaluateConfig) -> None:
         raise OptionError("engine", config.engine, "must be one of native, server", "set engine=native")
     if not config.views or not set(config.views) <= {"full", "crop"}:
         raise OptionError("views", config.views, "must be full, crop or both", "set views=[full,crop]")
-    if config.limit is not None and config.limit < 1:
-        raise OptionError("limit", config.limit, "must be at least 1", "set limit=null for all samples")
-    if config.batch_size < 1:
-        raise OptionError("batch_size", config.batch_size, "must be at least 1", "set batch_size=64")
-    if config.judge.max_tokens < 1:
-        raise OptionError("judge.max_tokens", config.judge.max_tokens, "must be at least 1", "set it to 16 or more")
+    remedies = {"limit": "set limit=null for all samples", "batch_size": "set batch_size=64"}
+    values = {"limit": config.limit, "batch_size": config.batch_size, "judge.max_tokens": config.judge.max_tokens}
+    for option, value in values.items():
+        if value is not None and value < 1:
+            raise OptionError(option, value, "must be at least 1", remedies.get(option, "set it to 16 or more"))
     for name, endpoint in (("server", config.server), ("judge", config.judge)):
         if not isinstance(endpoint.extra_body, dict | None):
             rule, remedy = "must be fields of a request", f"write {name}.extra_body={{top_k:1}}"
