@@ -42,13 +42,13 @@ class SamplingBenchmark:
     """Shapes of sampling; each prompt has an image within data.full."""
 
     num_prompts: int = 32
-    """Decoded together; responses of unequal length answer three times as many."""
+    """Number of prompts decoded together; responses of unequal length answer three times as many."""
     prompt_tokens: int = 512
-    """Image included; to unequal responses half of it up to the whole."""
+    """Length of a prompt, image included; prompts of unequal responses have half of it up to the whole."""
     response_tokens: int = 64
     """The longest response."""
     mean_response_tokens: int = 16
-    """Of unequal ones, about."""
+    """Approximate mean of unequal responses."""
 
 
 class GpuPart(enum.Enum):
@@ -71,20 +71,20 @@ class GpuBenchmark:
     resume: bool = False
     """Keep the parts that `output` holds already and that are not measured again."""
     layer_tokens: int = 8192
-    """Of the microbatch that the layers are given."""
+    """Number of tokens in the microbatch that the layers are given."""
     sequence_tokens: int = 1024
-    """Of each sequence in it."""
+    """Number of tokens in each sequence of it."""
     loss_tokens: list[int] = dataclasses.field(default_factory=lambda: [1024, 2048, 4096, 8192])
     vocab_size: int = 152064
-    """Of the loss."""
+    """Size of the vocabulary in the loss."""
     hidden_size: int = 8192
-    """Of the loss."""
+    """Width of the hidden states in the loss."""
     decode_batches: list[int] = dataclasses.field(default_factory=lambda: [64, 256])
     """Responses decoded together."""
     prompt_tokens: int = 512
-    """Of sampling and of the step; there three quarters of them are an image."""
+    """Number of prompt tokens in sampling and in the step, where three quarters of them are an image."""
     response_tokens: int = 128
-    """Of sampling."""
+    """Number of tokens in each sampled response."""
     step_sequences: int = 32
     step_response_tokens: int = 512
     step_microbatch_tokens: int = 4096
@@ -96,7 +96,7 @@ class DataBenchmark:
 
     num_images: int = 300
     larger: int = 4
-    """The memory is also measured on so many times as many records."""
+    """Factor of the larger set of records, on which the memory is measured too."""
     workers: int = 2
     shard_size: int = 50
 
@@ -108,7 +108,7 @@ class BenchmarkConfig(Config):
     part: str = "loss"
     """loss | rollout | step | data | gpu"""
     repeats: int = 3
-    """The median of so many measurements is reported."""
+    """Number of measurements, whose median is reported."""
     output: str | None = None
     """JSON file for the results; part=gpu writes tables to FILE.md beside it."""
     loss: LossBenchmark = dataclasses.field(default_factory=LossBenchmark)

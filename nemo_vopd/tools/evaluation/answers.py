@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -134,29 +134,28 @@ class NotAnswered:
     reason: str
 
 
-class Model(Protocol):
-    """What can be asked; of several processes each answers every `num_shares`-th question from `share` on."""
+class Model:
+    """What can be asked: by one process, or by several that take every `num_shares`-th question from `share` on."""
 
-    num_shares: int
-    share: int
-    collects: bool
+    num_shares, share = 1, 0
+    collects = True
     """Whether this process keeps the answers file."""
 
     def __call__(self, requests: list[Request]) -> Iterable[str | NotAnswered]:
         """A reply to each request, in order, as they come."""
-        ...
+        raise NotImplementedError
 
     def fingerprint(self) -> str | None:
         """What tells these weights from others of the same name; None where it cannot be known."""
-        ...
+        return None
 
     def from_collector(self, value: AnyT) -> AnyT:
         """The `value` of the process that collects, on every process."""
-        ...
+        return value
 
     def gather(self, part: AnyT) -> list[AnyT]:
         """The parts of all shares, on every process."""
-        ...
+        return [part]
 
 
 def ask(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation import benchmark_rows as rows
@@ -55,6 +56,10 @@ def _source(patterns: str, columns: str, question: Callable[[rows.Row, Path], Qu
     return Source(tuple(patterns.split()), tuple(columns.split(", ")), question)
 
 
+def _benchmark(name: str, title: str, published: str, num_questions: int | None, *sources: Source, **scoring: Any):
+    return Benchmark(name, title, published, sources, num_questions, Scoring(**scoring))
+
+
 def _hr_bench(size: str) -> Benchmark:
     patterns = f"hr_bench_{size}.parquet hrbench_{size}*.parquet *{size}*.parquet *{size}*.tsv"
     source = _source(patterns, "index, question, answer, A, B, C, D, category, image", rows.hrbench)
@@ -71,84 +76,49 @@ def _realworld(ending: str, published: str, language: str = "en", num_questions:
 
 _KIT = "VLMEvalKit's"
 _ALL = (
-    Benchmark(
-        "vstar",
-        "V*",
-        f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
-        (
-            _source("data/test-*.parquet *.parquet", "image, text, label, question_id, category", rows.vstar),
-            _source("*.tsv", "index, image, question, A, B, answer, category", rows.vstar_tsv),
-        ),
-        191,
+    _benchmark(
+        *("vstar", "V*", f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv", 191),
+        _source("data/test-*.parquet *.parquet", "image, text, label, question_id, category", rows.vstar),
+        _source("*.tsv", "index, image, question, A, B, answer, category", rows.vstar_tsv),
     ),
-    Benchmark(
-        "zoombench",
-        "ZoomBench",
-        "inclusionAI/ZoomBench",
-        (_source("data/test*.parquet *.parquet", "id, query, response, image, crop_image", rows.zoombench),),
-        845,
+    _benchmark(
+        *("zoombench", "ZoomBench", "inclusionAI/ZoomBench", 845),
+        _source("data/test*.parquet *.parquet", "id, query, response, image, crop_image", rows.zoombench),
     ),
     _hr_bench("4k"),
     _hr_bench("8k"),
     _realworld("", f"MME-RealWorld-Lmms-eval; {_KIT} MME-RealWorld.tsv"),
     _realworld("-CN", f"MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", "cn"),
     _realworld("-Lite", f"MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv", num_questions=1919),
-    Benchmark(
-        "visualprobe",
-        "VisualProbe",
-        "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
-        (_source("VisualProbe_*/val.json val.json", "images, problem, solution", rows.visualprobe),),
-        515,
-        Scoring("categories"),
+    _benchmark(
+        *("visualprobe", "VisualProbe", "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side", 515),
+        _source("VisualProbe_*/val.json val.json", "images, problem, solution", rows.visualprobe),
+        mean_of="categories",
     ),
-    Benchmark(
-        "mmvp",
-        "MMVP",
-        f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
-        (
-            _source("Questions.csv", "Index, Question, Options, Correct Answer", rows.mmvp),
-            _source("data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", rows.mmvp),
-            _source("data/*.parquet *.parquet", "index, question, options, answer, image", rows.mmvp),
-            _source("*.tsv", "index, image, question, A, B, answer", rows.mmvp_tsv),
-        ),
-        300,
-        Scoring(pairs=True),
+    _benchmark(
+        *("mmvp", "MMVP", f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv", 300),
+        _source("Questions.csv", "Index, Question, Options, Correct Answer", rows.mmvp),
+        _source("data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", rows.mmvp),
+        _source("data/*.parquet *.parquet", "index, question, options, answer, image", rows.mmvp),
+        _source("*.tsv", "index, image, question, A, B, answer", rows.mmvp_tsv),
+        pairs=True,
     ),
-    Benchmark(
-        "cv-bench",
-        "CV-Bench",
-        f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
-        (
-            _source("test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", rows.cv_bench),
-            _source("CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", rows.cv_bench),
-        ),
-        2638,
-        Scoring("categories"),
+    _benchmark(
+        *("cv-bench", "CV-Bench", f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv", 2638),
+        _source("test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", rows.cv_bench),
+        _source("CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", rows.cv_bench),
+        mean_of="categories",
     ),
-    Benchmark(
-        "mmstar",
-        "MMStar",
-        f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
-        (
-            _source(
-                "mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", rows.mmstar
-            ),
-        ),
-        1500,
+    _benchmark(
+        *("mmstar", "MMStar", f"Lin-Chen/MMStar; {_KIT} MMStar.tsv", 1500),
+        _source("mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", rows.mmstar),
     ),
-    Benchmark(
-        "pope",
-        "POPE",
-        f"lmms-lab/POPE; {_KIT} POPE.tsv",
-        (
-            _source(
-                "data/test-*.parquet Full/*.parquet *.parquet",
-                "question_id, question, answer, image, category",
-                rows.pope,
-            ),
-            _source("*.tsv", "index, image, question, answer, category", rows.pope),
+    _benchmark(
+        *("pope", "POPE", f"lmms-lab/POPE; {_KIT} POPE.tsv", 9000),
+        _source(
+            "data/test-*.parquet Full/*.parquet *.parquet", "question_id, question, answer, image, category", rows.pope
         ),
-        9000,
+        _source("*.tsv", "index, image, question, answer, category", rows.pope),
     ),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

@@ -11,11 +11,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from nemo_vopd.batch import View
 from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.answers import NotAnswered, Request
+from nemo_vopd.tools.evaluation.answers import AnyT, Model, NotAnswered, Request
 from nemo_vopd.tools.evaluation.endpoint import Content, Endpoint, image_content, text_content
 from nemo_vopd.tools.evaluation.gap import greedy
 from nemo_vopd.tools.evaluation.options import EndpointConfig
@@ -25,7 +26,7 @@ from nemo_vopd.vlm.build import build_vlm
 _NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 
-class NativeModel:
+class NativeModel(Model):
     """The model of `config.model.hf_path` on Megatron-Core; data-parallel ranks share the questions."""
 
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
@@ -40,40 +41,34 @@ class NativeModel:
 
     def __call__(self, requests: list[Request]) -> list[str | NotAnswered]:
         """A reply to each request, or why the processor refuses it."""
-        replies: list[Any] = []
-        views, places = [], []
+        replies: dict[int, str | NotAnswered] = {}
+        views: dict[int, View] = {}
         for place, request in enumerate(requests):
-            replies.append("")
             try:
                 pixels = [self.pixels[request.view]]
-                views.append(self.processor.view([request.image()], request.question.prompt, pixels))
-                places.append(place)
+                views[place] = self.processor.view([request.image()], request.question.prompt, pixels)
             except UnusableSample as unusable:
                 replies[place] = NotAnswered(str(unusable))
-        names = [requests[place].name for place in places]
-        for place, answers in zip(places, self.decoder(views, names, self.params), strict=True):
+        names = [requests[place].name for place in views]
+        for place, answers in zip(views, self.decoder(list(views.values()), names, self.params), strict=True):
             replies[place] = self.processor.decode(answers[0][0])
-        return replies
+        return [replies[place] for place in range(len(requests))]
 
     def fingerprint(self) -> str:
         """A hash of samples of the weight files: an export to the same folder changes it."""
         return weights_fingerprint(self._folder)
 
-    def from_collector(self, value):
+    def from_collector(self, value: AnyT) -> AnyT:
         """The value of rank 0."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, part):
+    def gather(self, part: AnyT) -> list[AnyT]:
         """The parts of all data-parallel ranks."""
-        parts: list = [None] * self.num_shares
+        parts: list[Any] = [None] * self.num_shares
         dist.all_gather_object(parts, part, group=self._group)
         return parts
-
-
-def _content(request: Request) -> Content:
-    return [image_content(*request.file()), text_content(request.question.prompt)]
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -89,10 +84,8 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-class ServedModel:
-    """A model behind an OpenAI-compatible server, which resizes images itself; one process."""
-
-    num_shares, share, collects = 1, 0, True
+class ServedModel(Model):
+    """A model behind an OpenAI-compatible server, which resizes images itself."""
 
     def __init__(self, options: EndpointConfig, max_tokens: int) -> None:
         """Replies have at most `max_tokens` tokens. Raises OptionError."""
@@ -100,15 +93,8 @@ class ServedModel:
 
     def __call__(self, requests: list[Request]) -> Iterator[str | NotAnswered]:
         """The replies as they come. Raises RunError."""
-        return self.endpoint.ask_all([partial(_content, request) for request in requests], self.max_tokens)
 
-    def fingerprint(self) -> None:
-        """A server does not tell."""
+        def content(request: Request) -> Content:
+            return [image_content(*request.file()), text_content(request.question.prompt)]
 
-    def from_collector(self, value):
-        """There is one process."""
-        return value
-
-    def gather(self, part):
-        """There is one process."""
-        return [part]
+        return self.endpoint.ask_all([partial(content, request) for request in requests], self.max_tokens)

@@ -79,15 +79,14 @@ class Question:
         if self.bbox is None and self.crop is None:
             return None
         width, height = _size(self.full)
-        if self.bbox is not None:
-            try:
-                x1, y1, x2, y2 = check_box(self.bbox, (width, height))
-            except UnusableSample:
-                return None
-            return (x2 - x1) * (y2 - y1) / (width * height)
-        assert self.crop is not None
-        crop_width, crop_height = _size(self.crop)
-        return min(1.0, crop_width * crop_height / (width * height))
+        if self.bbox is None:
+            crop_width, crop_height = _size(self.crop or b"")
+            return min(1.0, crop_width * crop_height / (width * height))
+        try:
+            x1, y1, x2, y2 = check_box(self.bbox, (width, height))
+        except UnusableSample:
+            return None
+        return (x2 - x1) * (y2 - y1) / (width * height)
 
     def cluster(self) -> str:
         """The same for questions about the same image: their errors are not independent."""
@@ -127,9 +126,8 @@ def parse_options(text: str) -> dict[str, str]:
             best = run
     options = {}
     for i, (letter, _, start) in enumerate(best):
-        end = best[i + 1][1] if i + 1 < len(best) else len(text)
         # the last option ends with its line: what follows tells how to answer
-        piece = text[start:end] if i + 1 < len(best) else text[start:end].split("\n")[0]
+        piece = text[start : best[i + 1][1]] if i + 1 < len(best) else text[start:].split("\n")[0]
         options[letter] = piece.strip().rstrip(",;，；").strip()
     return options
 

@@ -1,7 +1,8 @@
-"""Responses token by token: what student and teacher gave each position."""
+"""Responses token by token: the probabilities that student and teacher gave each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +68,19 @@ def trace(
         hidden.append(teacher_pass(model, _batches(cut, views, model, processor, groups), groups))
     result: list = [None]
     if parallel.is_last_stage(groups):
-        weights = student.output_weight(), teacher.output_weight()
-        result[0] = [
-            _compare(rollout, rows, weights, student.vocab_size, processor, distill, temperature, groups)
-            for rollout, *rows in zip(cut, *hidden, strict=False)  # the schedule's padding comes last
-        ]
+        heads = student.output_weight(), teacher.output_weight()
+
+        def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+            shard = product(hidden, head.t(), torch.float32) / temperature
+            return _gather(shard, groups)[:, : student.vocab_size]
+
+        result[0] = []
+        for rollout, *rows in zip(cut, *hidden, strict=False):  # the schedule's padding comes last
+            logits = (
+                [logits_of(h[start : start + _CHUNK], head) for h, head in zip(rows, heads, strict=True)]
+                for start in range(0, len(rollout.token_ids), _CHUNK)
+            )
+            result[0].append(_compare(rollout, logits, processor, distill))
     if groups.pp.size() > 1:
         dist.broadcast_object_list(result, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
     return result[0]
@@ -91,24 +100,13 @@ def _batches(
 
 
 def _compare(
-    rollout: Rollout,
-    hidden: list[Tensor],
-    weights: tuple[Tensor, Tensor],
-    vocab_size: int,
-    processor: Processor,
-    distill: DistillConfig,
-    temperature: float,
-    groups: ProcessGroupCollection,
+    rollout: Rollout, chunks: Iterable[list[Tensor]], processor: Processor, distill: DistillConfig
 ) -> ResponseTrace:
-    """`hidden` are student's and teacher's rows [T, H]; `weights` this rank's rows of their heads [V / tp, H]."""
+    """The trace of `rollout`; `chunks` are student's and teacher's logits [C, V] of each _CHUNK tokens."""
     policies, divergence = (PolicyTrace([], []), PolicyTrace([], [])), []
-    for start in range(0, len(rollout.token_ids), _CHUNK):
-        tokens = rollout.token_ids[start : start + _CHUNK]
-        logits = []
-        for rows, weight, policy in zip(hidden, weights, policies, strict=True):
-            shard = product(rows[start : start + _CHUNK], weight.t(), torch.float32) / temperature
-            logits.append(_gather(shard, groups)[:, :vocab_size])
-            _extend(policy, logits[-1], tokens, processor)
+    for tokens, logits in zip(rollout.token_ids.split(_CHUNK), chunks, strict=False):  # an empty response has no chunk
+        for policy, numbers in zip(policies, logits, strict=True):
+            _extend(policy, numbers, tokens, processor)
         options = {"alpha": distill.alpha, "top_k": distill.top_k, "add_tail": distill.add_tail}
         divergence += generalized_jsd(*logits, **options).tolist()
     words = [processor.tokenizer.decode([token]) for token in rollout.token_ids.tolist()]

@@ -18,15 +18,15 @@ class Cost:
     language: float
     vision: float
     fp8: float = 0.0
-    """Of the language's, those that FP8 computes."""
+    """Operations of the language model that FP8 computes."""
 
     @property
     def total(self) -> float:
-        """Operations, whoever computes them."""
+        """Operations of both, in any precision."""
         return self.language + self.vision
 
     def seconds(self, peak: float, assume: Assumptions) -> float:
-        """At the assumed share of `peak`."""
+        """Seconds at the assumed shares of `peak` operations per second."""
         language = self.language - self.fp8 + self.fp8 / assume.fp8_gain
         return language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
 
@@ -34,31 +34,31 @@ class Cost:
         return Cost(self.language + other.language, self.vision + other.vision, self.fp8 + other.fp8)
 
     def times(self, factor: float) -> Cost:
-        """`factor` such passes."""
+        """The cost of `factor` such passes."""
         return Cost(self.language * factor, self.vision * factor, self.fp8 * factor)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One step."""
+    """Operations and seconds of one step."""
 
     flops: dict[str, float]
-    """Of the whole world, by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
+    """Operations of all GPUs by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
     seconds: dict[str, float]
-    """By phase."""
+    """Seconds by phase."""
     bubble: float
     """Share of the student's pass in which a stage waits because the pipeline fills or drains."""
     stage_seconds: list[float]
-    """Student, forward and backward of one mean microbatch, by stage."""
+    """Seconds of the student's forward and backward pass on one mean microbatch, by stage."""
 
     @property
     def step_seconds(self) -> float:
-        """One step."""
+        """Seconds of one step."""
         return sum(self.seconds.values())
 
 
 def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, *, sampling: bool = False) -> Cost:
-    """The layers and the tower of one stage on one microbatch, without the head. `sampling` is never in FP8."""
+    """Cost of the layers and the tower of one stage on one microbatch, without the head; `sampling` is never in FP8."""
     megatron, vision = model.megatron, hf.vision_config
     assert megatron.kv_channels is not None
     t, num_layers = megatron.tensor_model_parallel_size, sum(stage.chunk_layers)
@@ -118,7 +118,7 @@ def timing(case: Case) -> Timing:
 
 
 def _feed_forward_share(model: ModelCount) -> float:
-    """Of the products of a layer."""
+    """Share of the feed-forward part in the products of a layer."""
     megatron = model.megatron
     assert megatron.ffn_hidden_size is not None and megatron.kv_channels is not None and megatron.num_query_groups
     attention = 2 * megatron.kv_channels * (megatron.num_attention_heads + megatron.num_query_groups)

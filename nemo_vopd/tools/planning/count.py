@@ -152,14 +152,11 @@ def count_stage(stage: Stage, data_parallel: int) -> StageCount:
 
 
 def _buffers(parameters: list[torch.nn.Parameter], data_parallel: int) -> Buffers:
-    """The law of Megatron's `_ParamAndGradBuffer` without overlap: one bucket, and one for each tied embedding."""
+    """As Megatron's `_ParamAndGradBuffer` without overlap: one bucket, and one for each tied embedding."""
     ranges: list[tuple[int, int]] = []
-    bounds: list[int] = [0]
-    end = 0
-    divisor = math.lcm(data_parallel, 128)
+    bounds, end, divisor = [0], 0, math.lcm(data_parallel, 128)
     for parameter in reversed([p for p in parameters if p.requires_grad]):
-        start = _up(end, 64)
-        alone = getattr(parameter, "shared_embedding", False)
+        start, alone = _up(end, 64), getattr(parameter, "shared_embedding", False)
         if alone and start > bounds[-1]:
             start = _up(end, divisor)
             bounds.append(start)
@@ -174,8 +171,8 @@ def _buffers(parameters: list[torch.nn.Parameter], data_parallel: int) -> Buffer
     for low, high in zip(bounds[:-1], bounds[1:], strict=True):
         width = (high - low) // data_parallel
         for rank in range(data_parallel):
-            left, right = low + rank * width, low + (rank + 1) * width
-            owned[rank] += sum(max(0, min(right, b) - max(left, a)) for a, b in ranges)
+            left = low + rank * width
+            owned[rank] += sum(max(0, min(left + width, b) - max(left, a)) for a, b in ranges)
     return Buffers(bounds[-1], max(owned, default=0))
 
 

@@ -60,7 +60,7 @@ def element_bytes(megatron: TransformerConfig) -> int:
 
 
 def fixed_bytes(stage: StageCount, megatron: TransformerConfig, teacher_kind: str) -> dict[str, int]:
-    """What exists for the whole run: weights, gradients, optimizer and teacher."""
+    """Bytes of what exists for the whole run: weights, gradients, optimizer and teacher."""
     e, buffers = element_bytes(megatron), stage.buffers
     main = 4 if e == 2 else 0  # in float32 runs the weights are the main weights
     own_teacher = teacher_kind != "current"
@@ -81,17 +81,17 @@ def kv_cache_bytes(megatron: TransformerConfig, num_layers: int, num_tokens: int
 
 
 def id_bytes(packed: Packed) -> int:
-    """Token ids, three positions, response rows and their tokens of one microbatch, int64, and log-probs."""
+    """Bytes of one microbatch's token ids, three positions, response rows and their tokens (int64), and log-probs."""
     return 32 * packed.num_tokens + 20 * packed.num_response_rows
 
 
 def patch_bytes(packed: Packed, vision: Any) -> int:
-    """The float32 patches of one microbatch, as the loader makes them."""
+    """Bytes of the float32 patches of one microbatch, as the loader makes them."""
     return 4 * patch_width(vision) * packed.num_patches
 
 
 def loss_bytes(config: Config, stage: StageCount, hidden: int, e: int, num_rows: int) -> int:
-    """Float32 logits of student and teacher of one chunk, the gradient of the response rows' hidden states."""
+    """Bytes of one chunk's float32 logits of both policies, and of the gradient of the response rows' hidden states."""
     rows_of_head = stage.num_head // hidden
     chunk = config.distill.chunk_tokens or default_chunk_tokens(rows_of_head, "cuda")
     logits = min(chunk, num_rows) * rows_of_head
@@ -152,7 +152,7 @@ def prompts_of_a_pass(work: Workload, prompt: Prompt) -> int:
 
 
 def _one_layer(law: ActivationLaw, packed: Packed, first: bool) -> int:
-    """What is in use while one layer, or one block of the tower, computes."""
+    """Bytes in use while one layer, or one block of the tower, computes."""
     return max(packed.num_tokens * law.layer, packed.num_patches * law.tower_block if first else 0)
 
 
@@ -178,30 +178,30 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ActivationLaw:
-    """Bytes for each token or patch on one rank."""
+    """Activations of each token or patch on one rank."""
 
     layer: int
-    """Of one language layer, a token."""
+    """Bytes of one language layer for each token."""
     final_norm: int
-    """After the last layer, a token."""
+    """Bytes of the norm after the last layer for each token."""
     kept: int
-    """Of one language layer, a token, until the backward pass: less than `layer` where `trainer.recompute` says so."""
+    """Bytes of one language layer for each token until the backward pass, fewer with `trainer.recompute`."""
     boundary: int
-    """Hidden states a stage receives or sends and keeps for the backward pass, a token."""
+    """Bytes of the hidden states that a stage receives or sends and keeps for the backward pass, for each token."""
     tower: int
-    """Of the whole vision tower, a patch; 0 when neither it nor its projector is trained."""
+    """Bytes of the whole vision tower for each patch; 0 when neither it nor its projector is trained."""
     tower_block: int
-    """Of one block of the tower, a patch."""
+    """Bytes of one block of the tower for each patch."""
 
     def stage_bytes(self, packed: Packed, num_layers: int, *, first: bool, last: bool) -> int:
-        """What one microbatch keeps alive in a chunk of `num_layers` layers."""
+        """Bytes that one microbatch keeps alive in a chunk of `num_layers` layers."""
         # the boundary: what a neighbour sent and what goes to the next stage
         each = num_layers * self.kept + last * self.final_norm + self.boundary * ((not first) + (not last))
         return packed.num_tokens * each + first * packed.num_patches * self.tower
 
 
 def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, transformer_engine: bool) -> ActivationLaw:
-    """The law above for the layers of `megatron`, Transformer Engine's or our own."""
+    """The module's law for the layers of `megatron`, Transformer Engine's or our own."""
     e = 2 if megatron.bf16 else 4
     t = megatron.tensor_model_parallel_size
     split = t if megatron.sequence_parallel else 1
@@ -238,7 +238,7 @@ def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, tran
 
 
 def _tower_block(vision: Any, e: int) -> int:
-    """Hugging Face's block for each patch: it is not divided over tensor-parallel ranks."""
+    """Bytes of a block of Hugging Face's tower for each patch; tensor-parallel ranks do not divide it."""
     width = vision.hidden_size
     gated = vision.hidden_act == "silu"
     # RMSNorm written out, as in our own layers; LayerNorm keeps its input, its output is the next product's

@@ -22,7 +22,7 @@ def refusal_json(config: Config, gpu: Gpu, world_size: int, assume: Assumptions,
     return {
         **empty,
         "stages": [],
-        "gpu": _gpu(gpu),
+        "gpu": vars(gpu),
         "world_size": world_size,
         "layout": layout_of(config, None),
         "assumptions": vars(assume),
@@ -51,7 +51,7 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
             for number, (count, memory) in enumerate(zip(model.stages, plan.stages, strict=True))
         ],
         "host_bytes": {**plan.host, "total": sum(plan.host.values())},
-        "gpu": _gpu(plan.gpu),
+        "gpu": vars(plan.gpu),
         "world_size": plan.world_size,
         "layout": layout_of(plan.config, model.data_parallel),
         "batch": {
@@ -78,10 +78,6 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
         "fits": plan.fits,
         "remedy": remedy,
     }
-
-
-def _gpu(gpu: Gpu) -> dict[str, Any]:
-    return {"name": gpu.name, "memory_bytes": gpu.memory_bytes, "flops": gpu.flops, "bandwidth": gpu.bandwidth}
 
 
 def plan_text(plan: Plan) -> str:
