@@ -119,7 +119,7 @@ class VLLMConfig:
     """Interpreter of vLLM's environment, for a server that the run starts."""
     arguments: list[str] = field(default_factory=list)
     """Further options of `vllm serve` for that server."""
-    port: int = bounded(0, at_least=0)
+    port: int = bounded(0, at_least=0, at_most=65535)
     """Port of that server; 0 takes a free one."""
     start_seconds: float = bounded(600.0, at_least=1)
     """Longest time until that server answers, in seconds."""

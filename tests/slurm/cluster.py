@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.distributed import HANG
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "shellcheck", "gcc")
 GPUS_PER_NODE = 8
 _STUB = Path(__file__).with_name("container_stub.c")
@@ -54,16 +56,16 @@ class Cluster:
         files = {"key-file": key, "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{name}={self.folder / file}" for name, file in files.items()]
         self._start("munged", *options, f"--seed-file={self.folder}/munge.seed", "--foreground", "--force")
-        self.until(lambda: (self.folder / "munge.sock").exists(), 20)
+        self.until(lambda: (self.folder / "munge.sock").exists())
         self._start("slurmctld", "-D", "-f", str(self._conf))
         for node in self.nodes:
             self.start_node(node)
-        self.until(lambda: self.command("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(self.nodes)), 60)
+        self.until(lambda: self.command("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(self.nodes)))
         return self
 
     def __exit__(self, *_: object) -> None:
         """End jobs, then daemons, each by its own id."""
-        subprocess.run(["scancel", "--user=root"], env=self.environment(), capture_output=True, timeout=30)
+        subprocess.run(["scancel", "--user=root"], env=self.environment(), capture_output=True, timeout=HANG)
         deadline = time.monotonic() + 20
         while self.command("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -119,7 +121,9 @@ class Cluster:
 
     def command(self, *command: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
         """Standard output of a Slurm command; raises with its error output when it fails."""
-        done = subprocess.run(command, env=self.environment(**(env or {})), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.environment(**(env or {})), capture_output=True, text=True, timeout=HANG
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -127,7 +131,7 @@ class Cluster:
     def submit(self, *command: str, cwd: Path | None = None, **env: str) -> int:
         """Job id of `sbatch *command`, submitted from `cwd` with `env` added to the environment."""
         done = subprocess.run(
-            ["sbatch", *command], cwd=cwd, env=self.environment(**env), capture_output=True, text=True, timeout=60
+            ["sbatch", *command], cwd=cwd, env=self.environment(**env), capture_output=True, text=True, timeout=HANG
         )
         found = re.search(r"Submitted batch job (\d+)", done.stdout)
         if found is None:
@@ -143,7 +147,7 @@ class Cluster:
         """Nodes of a running job, the one of the batch script first."""
         return self.command("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).split()
 
-    def wait(self, job_id: int, timeout: float) -> dict[str, str]:
+    def wait(self, job_id: int, timeout: float = HANG) -> dict[str, str]:
         """The job's fields once it has ended for good; raises TimeoutError with its output so far."""
 
         def ended() -> bool:
@@ -160,7 +164,7 @@ class Cluster:
         file = Path(self.job(job_id)["StdOut"])
         return file.read_text(errors="replace") if file.exists() else f"(no {file})"
 
-    def until(self, condition: Callable[[], bool], timeout: float) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = HANG) -> None:
         """Wait for `condition`; raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -178,7 +182,7 @@ class Cluster:
             "".join(f"NodeName={names} Name=gpu File={device}\n" for device in devices)
         )
         stub = self.folder / "container_stub.so"
-        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub), str(_STUB)], check=True, timeout=60)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub), str(_STUB)], check=True, timeout=HANG)
         (self.folder / "plugstack.conf").write_text(f"required {stub} {self.container_options}\n")
         ports = _free_ports(len(self.nodes) + 1)
         nodes = [

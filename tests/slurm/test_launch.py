@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import HANG
 from tests.helpers import read_lines
 
 pytestmark = pytest.mark.slurm
@@ -35,7 +36,7 @@ def launch(assets, tmp_path):
     return start
 
 
-def finish(process: subprocess.Popen, timeout: float = 150) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = HANG) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -70,11 +71,11 @@ def test_slurm_job_saves_on_a_signal_returns_to_the_queue_and_finishes(launch, c
     options = [*TWO_NODES, "cpus_per_task=2", "retries=1", "detach=false", "time=00:30:00"]
     process = launch(options, ["trainer.max_steps=60"], env=cluster.environment())
     metrics, status = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "status.json"
-    cluster.until(lambda: process.poll() is not None or (metrics.exists() and len(read_lines(metrics)) >= 2), 120)
+    cluster.until(lambda: process.poll() is not None or (metrics.exists() and len(read_lines(metrics)) >= 2))
     assert process.poll() is None, process.communicate()[0][-3000:]
     (job,) = cluster.command("squeue", "-h", "-o", "%i").split()
     cluster.command("scancel", "--signal=USR1", job)
-    cluster.until(lambda: json.loads(status.read_text())["reason"] == "SIGUSR1", 60)
+    cluster.until(lambda: json.loads(status.read_text())["reason"] == "SIGUSR1")
     fields = cluster.job(int(job))
     assert fields["NumNodes"] == "2" and fields["NumTasks"] == "2" and fields["JobName"] == "vopd-tiny"
     code, output = finish(process)
@@ -140,13 +141,13 @@ MISTAKES = {
 def test_a_mistake_ends_with_one_line_and_code_2(words, launch, tmp_path):
     command = [str(PYTHON), str(ROOT / "recipes" / "launch.py"), f"folder={tmp_path}", *words.split()]
     environment = {**os.environ, "PATH": str(tmp_path)}  # no sbatch there
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     errors = done.stderr.splitlines()
     assert done.returncode == 2 and len(errors) == 1 and MISTAKES[words] in errors[0], done.stderr
 
 
 def test_without_nemo_run_one_line_says_how_to_get_it(launch):
     command = [sys.executable, str(ROOT / "recipes" / "launch.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "has no NeMo-Run" in done.stderr and "make launch-env" in done.stderr

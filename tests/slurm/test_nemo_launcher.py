@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 import nemo_vopd.config  # noqa: F401  (Hydra finds its schema there)
 from slurm.nemo_launcher import hydra_value, in_double_quotes, recipe_options
+from tests.distributed import HANG
 
 pytestmark = pytest.mark.slurm
 
@@ -42,7 +43,7 @@ def run(*arguments, **environment):
     """The program's process, ended."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NEMO_LAUNCHER"))}
     return subprocess.run(
-        [PYTHON, str(PROGRAM), *arguments], env={**kept, **environment}, capture_output=True, text=True, timeout=120
+        [PYTHON, str(PROGRAM), *arguments], env={**kept, **environment}, capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -53,7 +54,7 @@ def checkout():
     if not path:
         pytest.skip("NEMO_LAUNCHER names no checkout of NeMo-Framework-Launcher")
     packages = "hera.workflows, kubeflow.training, kubernetes, zstandard"
-    probe = subprocess.run([PYTHON, "-c", f"import {packages}"], capture_output=True, text=True, timeout=120)
+    probe = subprocess.run([PYTHON, "-c", f"import {packages}"], capture_output=True, text=True, timeout=HANG)
     if probe.returncode:
         pytest.skip(f"{PYTHON}: {probe.stderr.splitlines()[-1]}; NEMO_LAUNCHER_PYTHON can name another Python")
     return path
@@ -81,7 +82,7 @@ def execute(script, folder, **environment):
         program.write_text(RECORDER)
         program.chmod(0o755)
     variables = {**os.environ, "RECORDS": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}", **environment}
-    subprocess.run(["bash", str(script)], env=variables, check=True, timeout=60)
+    subprocess.run(["bash", str(script)], env=variables, check=True, timeout=HANG)
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("srun", "python3")]
 
 
@@ -199,7 +200,7 @@ def test_a_run_through_slurm_saves_at_a_signal_and_resumes(checkout, cluster, as
         return int((tmp_path / "vopd_tiny/launcher.log").read_text().split()[-1])
 
     def finish(job):
-        fields = cluster.wait(job, 120)
+        fields = cluster.wait(job)
         assert fields["JobState"] == "COMPLETED", "".join(f.read_text() for f in tmp_path.glob("vopd_tiny/log-*"))
         return json.loads((results / "status.json").read_text())
 
@@ -209,7 +210,7 @@ def test_a_run_through_slurm_saves_at_a_signal_and_resumes(checkout, cluster, as
         return len([line for line in lines if line.endswith("\n")])
 
     interrupted = submit(max_steps=10_000)
-    cluster.until(lambda: steps() > 1, 120)
+    cluster.until(lambda: steps() > 1)
     cluster.command("scancel", "--signal=USR1", str(interrupted))  # what --signal=USR1@... does: steps, not the script
     status = finish(interrupted)
     assert (status["finished"], status["reason"]) == (False, "SIGUSR1")
@@ -247,5 +248,5 @@ def test_text_survives_hydra_and_both_shells(text):
     option = f"key={hydra_value(text)}"
     assert OverridesParser.create().parse_override(option).value() == text
     quoted = in_double_quotes("printf %s " + shlex.quote(option))
-    done = subprocess.run(["bash", "-c", f'bash -c "{quoted}"'], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", "-c", f'bash -c "{quoted}"'], capture_output=True, text=True, timeout=HANG)
     assert done.stdout == option

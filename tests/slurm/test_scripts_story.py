@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.distributed import HANG, ROOT
 
 pytestmark = pytest.mark.slurm
 FAKE = str(Path(__file__).with_name("fake_python.sh"))
@@ -34,7 +34,7 @@ def test_scripts_are_clean():
     assert SCRIPTS == ["train_32b.sh", "train_72b.sh", "train_7b.sh", "train_tiny.sh"]
     done = subprocess.run(
         ["shellcheck", "--external-sources", *map(str, sorted((ROOT / "slurm").glob("*.sh")))],
-        capture_output=True, text=True, timeout=60, cwd=ROOT,
+        capture_output=True, text=True, timeout=HANG, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
 
@@ -46,7 +46,7 @@ def test_72b_reaches_its_srun_line(cluster, submit, tmp_path):
         IMAGE=image, MOUNTS="/scratch:/scratch", SBATCH_TIMELIMIT="00:20:00", SBATCH_PARTITION="main",
         NCCL_IB_TIMEOUT="23",
     )  # fmt: skip
-    fields = cluster.wait(job, 120)
+    fields = cluster.wait(job)
     assert fields["JobState"] == "COMPLETED", cluster.output(job)
     assert fields["TimeLimit"] == "00:20:00" and fields["NumNodes"] == "8"
     assert fields["TresPerNode"].endswith("gpu:8")
@@ -82,7 +82,7 @@ def test_72b_reaches_its_srun_line(cluster, submit, tmp_path):
 
 def test_dry_run_in_a_job_runs_nothing(cluster, submit, tmp_path):
     job = submit("slurm/train_7b.sh", train="crash", PYTHON=sys.executable, DRY_RUN="1")
-    assert cluster.wait(job, 120)["JobState"] == "COMPLETED"
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
     output = cluster.output(job)
     assert "8 x H100 80GB SXM: tensor 4 + sequence, pipeline 1, data 2" in output
     assert f"exp_dir: {tmp_path}/run" in output
@@ -92,7 +92,7 @@ def test_dry_run_in_a_job_runs_nothing(cluster, submit, tmp_path):
 
 def test_crashes_are_bounded(cluster, submit, tmp_path):
     job = submit("slurm/train_tiny.sh", train="crash", MAX_RESTARTS="1", MODEL="", DATA="")
-    fields, output = cluster.wait(job, 120), cluster.output(job)
+    fields, output = cluster.wait(job), cluster.output(job)
     assert fields["JobState"] == "FAILED" and fields["ExitCode"] == "1:0" and fields["Restarts"] == "1"
     assert output.count("step ended with code 1 after checkpoint 0") == 2
     assert output.count("restarting from step 0") == 1
@@ -101,17 +101,17 @@ def test_crashes_are_bounded(cluster, submit, tmp_path):
 
 def test_progress_starts_the_count_anew(cluster, submit, tmp_path):
     job = submit("slurm/train_tiny.sh", train="progress", MAX_RESTARTS="1", MODEL="", DATA="")
-    fields, output = cluster.wait(job, 120), cluster.output(job)
+    fields, output = cluster.wait(job), cluster.output(job)
     assert fields["JobState"] == "FAILED" and fields["Restarts"] == "2", output
     assert output.count("restarting from step 8") == 2
 
 
 def test_cancelled_job_stays_cancelled(cluster, submit, tmp_path):
     job = submit("slurm/train_tiny.sh", train="sleep", MODEL="", DATA="")
-    cluster.until(lambda: (tmp_path / "record/environment-3").exists(), 60)
+    cluster.until(lambda: (tmp_path / "record/environment-3").exists())
     cluster.command("scancel", str(job))
-    cluster.wait(job, 60)
-    cluster.until(lambda: cluster.command("squeue", "-h", "-j", str(job), check=False).strip() == "", 60)
+    cluster.wait(job)
+    cluster.until(lambda: cluster.command("squeue", "-h", "-j", str(job), check=False).strip() == "")
     assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
 
 
@@ -120,7 +120,7 @@ def test_node_that_nobody_reaches_is_left_out(cluster, submit, tmp_path):
         "slurm/train_tiny.sh", train="finish", options=("--nodes=4", "--ntasks-per-node=1"), MODEL="", DATA="",
         HEALTH_CHECK="1", HEALTH_SECONDS="60", UNREACHABLE="vopd2",
     )  # fmt: skip
-    fields, output = cluster.wait(job, 240), cluster.output(job)
+    fields, output = cluster.wait(job), cluster.output(job)
     assert fields["JobState"] == "COMPLETED", output
     assert "the nodes are not fit: vopd2\n" in output and "vopd2: reaches neither neighbour" in output
     assert fields["ExcNodeList"] == "vopd2" and "vopd2" not in cluster.hosts(job)
@@ -143,7 +143,7 @@ def test_mistakes_are_told_at_once(cluster, submit, script, options, variables, 
     arguments = [word for word in options if not word.startswith("--")]
     flags = tuple(word for word in options if word.startswith("--"))
     job = submit(f"slurm/{script}", *arguments, train="finish", options=flags, **variables)
-    fields = cluster.wait(job, 60)
+    fields = cluster.wait(job)
     assert fields["ExitCode"] == "2:0" and fields["Restarts"] == "0"
     lines = cluster.output(job).splitlines()
     assert len([line for line in lines if line.startswith("error: ")]) == 1 and message in lines[-1]
@@ -152,10 +152,12 @@ def test_mistakes_are_told_at_once(cluster, submit, script, options, variables, 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_no_job(script, tmp_path):
     help_text = subprocess.run(
-        ["bash", f"{ROOT}/slurm/{script}", "--help"], capture_output=True, text=True, timeout=30, cwd=tmp_path
+        ["bash", f"{ROOT}/slurm/{script}", "--help"], capture_output=True, text=True, timeout=HANG, cwd=tmp_path
     )
     assert help_text.returncode == 0
     for name in ("IMAGE", "MOUNTS", "MODEL", "DATA", "RESULTS", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "DRY_RUN"):
         assert f"  {name} " in help_text.stdout or f"{name}," in help_text.stdout
-    alone = subprocess.run(["bash", f"{ROOT}/slurm/{script}"], capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    alone = subprocess.run(
+        ["bash", f"{ROOT}/slurm/{script}"], capture_output=True, text=True, timeout=HANG, cwd=tmp_path
+    )
     assert alone.returncode == 2 and "submit it: sbatch" in alone.stderr
