@@ -170,7 +170,7 @@ def behave(job, _chunk, advance):
         raise OSError(28, "No space left on device")
     if job == "dies":
         os._exit(7)
-    time.sleep(60)
+    time.sleep(HANG)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_first_failure_is_told(jobs, expected):
     (kind, words), told, start = expected, [], time.monotonic()
     with pytest.raises(kind, match=words):
         worker.write_chunks([(job, 0) for job in (*jobs, "waits")], 3, told.append, in_process=False, write=behave)  # type: ignore[misc]
-    assert 0 < sum(told) <= len(jobs) + 1 and time.monotonic() - start < 50
+    assert 0 < sum(told) <= len(jobs) + 1 and time.monotonic() - start < HANG
 
 
 def test_a_place_where_no_folder_can_be_made(source, monkeypatch):
