@@ -171,7 +171,7 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(engine_o
 
 
 def sync_into(config, groups, stage, server, folder: Path) -> FolderSync:
-    write = functools.partial(save_hf, stage, stage.weight_rule, groups, config.model.hf_path)
+    write = functools.partial(save_hf, stage, groups, config.model.hf_path)
     return FolderSync([server.url], folder, write, timeout_seconds=60)
 
 
