@@ -11,21 +11,21 @@ from typing import Any
 import httpx2
 
 _LONGEST_PAUSE = 30.0
+"""Longest pause between two attempts in seconds; a server may ask for twice as much."""
 _PASSING = (408, 409, 429)
+"""Codes below 500 after which the same request may succeed: timeout, conflict, too many requests."""
 
 
 class RequestFailed(Exception):
     """A request that was not answered as asked."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
-        """`message` is one line; `status` the server's code, None where none came."""
-        super().__init__(message)
-        self.message, self.status, self.attempts = message, status, 1
+    def __init__(self, message: str, status: int | None = None, *, may_pass: bool = True) -> None:
+        """`message` is one line; `status` is the server's code, None where none came.
 
-    @property
-    def may_pass(self) -> bool:
-        """Whether the same request may succeed later."""
-        return self.status is None or self.status < 400 or self.status >= 500 or self.status in _PASSING
+        `may_pass` says whether the same request may succeed later.
+        """
+        super().__init__(message)
+        self.message, self.status, self.may_pass, self.attempts = message, status, may_pass, 1
 
 
 class JSONClient:
@@ -49,7 +49,7 @@ class JSONClient:
         self.url, self.retries, self.pause_seconds = url.rstrip("/"), retries, pause_seconds
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each request
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        limits = httpx2.Limits(max_keepalive_connections=0)  # a connection kept too long is a fault more
+        limits = httpx2.Limits(max_keepalive_connections=0)  # a server may close one that is kept, which looks lost
         self._http = httpx2.Client(
             headers=headers, timeout=timeout_seconds, limits=limits, trust_env=proxies, follow_redirects=True
         )
@@ -64,28 +64,30 @@ class JSONClient:
     ) -> Any:
         """The JSON answer to a GET, or to a POST of `body`; None if it is empty. Raises RequestFailed.
 
-        `given_up` ends the waiting between two attempts.
+        `given_up` ends the waiting between two attempts. A page of HTML is not asked for again: it comes from another
+        program than the one that was meant.
         """
-        given_up = given_up or threading.Event()
-        attempt = 0
+        given_up, attempt = given_up or threading.Event(), 0
+        options: Any = {} if timeout is None else {"timeout": timeout}
+        # in ASCII, because half a surrogate pair, which a reply can hold, cannot be encoded otherwise
+        content = None if body is None else json.dumps(body).encode()
         while True:
             pause = min(self.pause_seconds * 2**attempt, _LONGEST_PAUSE)
             try:
-                options: Any = {} if timeout is None else {"timeout": timeout}
-                # ASCII: half a surrogate pair, which a reply can hold, has no other bytes
-                content = None if body is None else json.dumps(body).encode()
                 answer = self._http.request(
                     "GET" if body is None else "POST", self.url + path, content=content, **options
                 )
                 if answer.is_success:
                     return json.loads(answer.content) if answer.content else None
-                failed = RequestFailed(_message(answer), answer.status_code)
+                code = answer.status_code
+                failed = RequestFailed(_message(answer), code, may_pass=code >= 500 or code in _PASSING)
                 with contextlib.suppress(ValueError):
                     pause = min(float(answer.headers.get("Retry-After", pause)), 2 * _LONGEST_PAUSE)
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 failed = RequestFailed(_cause(error))
             except ValueError as error:
-                failed = RequestFailed(f"no JSON: {_one_line(error)}", 200)
+                page = answer.content.lstrip().startswith(b"<")
+                failed = RequestFailed(f"no JSON: {_one_line(error)}", answer.status_code, may_pass=not page)
             failed.attempts = attempt = attempt + 1
             if not failed.may_pass or attempt > self.retries or given_up.wait(max(0.0, pause)):
                 raise failed

@@ -85,6 +85,8 @@ def faulty():
             server.asked.append(self.path)
             code = server.codes.pop(0)
             content = json.dumps({"n": 1} if code == 200 else {"error": {"message": f"no\n{code}"}}).encode()
+            if isinstance(code, bytes):
+                code, content = 200, code
             if code == 0:  # too late
                 time.sleep(2)
             self.send_response(code or 200)
@@ -114,6 +116,11 @@ def test_passing_faults_are_tried_again_and_refusals_are_not(faulty):
     with pytest.raises(RunError, match=r"refuses /x \(HTTP 400, no 400\); change its arguments") as error:
         client_of(faulty).post("/x")
     assert not isinstance(error.value, EngineLost) and len(faulty.asked) == 5
+    faulty.codes = [b'{"n": ', 200, b"<html>"]
+    assert client_of(faulty).post("/x") == {"n": 1}
+    with pytest.raises(RunError, match=r"refuses /x \(no JSON: .*\); it is no server of vLLM"):
+        client_of(faulty).post("/x")
+    assert len(faulty.asked) == 8
 
 
 def test_a_lost_server_is_named_with_what_failed_and_how_often(faulty):

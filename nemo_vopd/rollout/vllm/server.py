@@ -73,7 +73,7 @@ class Client:
             return self._client.call(path, body, **options)
         except RequestFailed as failed:
             code = failed.status
-            reason = failed.message if code in (None, 200) else f"HTTP {code}, {failed.message}"
+            reason = failed.message if code is None or code < 300 else f"HTTP {code}, {failed.message}"
             if code is not None and not failed.may_pass:
                 raise RunError(f"vLLM at {self.url} refuses {path} ({reason}); {_remedy(code)}") from None
             raise EngineLost(
@@ -83,6 +83,8 @@ class Client:
 
 
 def _remedy(code: int) -> str:
+    if code < 300:
+        return "it is no server of vLLM; correct rollout.vllm.urls"
     if code in (403, 404):
         return "start it with nemo_vopd/rollout/vllm/serve.py, or with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
     return "change its arguments (rollout.vllm.arguments if this run starts it) or the rollout options"

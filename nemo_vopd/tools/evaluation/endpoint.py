@@ -77,7 +77,7 @@ class Endpoint:
             code, reason = failed.status, f"HTTP {failed.status}: {failed.message}"
             if code in _REFUSES_ONE and not self._refuses_all():
                 return NotAnswered(f"refused ({reason})")
-            if code == 200:
+            if code is not None and code < 300:
                 what = f"sent what is no chat completion ({failed.message}); does the address end in /v1?"
             elif failed.may_pass:
                 what = f"does not answer ({failed.message if code is None else reason}); {_AGAIN}"
