@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.errors import RunError
 
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "prepare_data.py"
 _SIZE, _DETAIL, _QUALITY = (1920, 1440), 4, 86
@@ -35,12 +35,7 @@ def data(num_images: int, larger: int, workers: int, shard_size: int, repeats: i
     """Rows for `table`: the reference, preparation of `num_images` records, and of `larger` times as many.
 
     Each in turn `repeats` times (the last once); medians. Needs about (2 + 2 * larger) MB of disk for each image.
-    Raises OptionError (data_files.*).
     """
-    options = {"num_images": num_images, "larger": larger, "workers": workers, "shard_size": shard_size}
-    for name, value in options.items():
-        if value < 1:
-            raise OptionError(f"data_files.{name}", value, "must be at least 1", f"set data_files.{name}=1 or more")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         megabytes = _write_images(folder, num_images)

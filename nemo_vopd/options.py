@@ -22,6 +22,11 @@ class Bounds:
     suggest: Any = None
     """Value that the remedy names."""
 
+    def __post_init__(self):
+        """Raise ValueError for numbers without a lower end, which no rule in words describes."""
+        if not self.one_of and self.at_least is None and self.above is None:
+            raise ValueError("bounds of a number need at_least or above")
+
     @property
     def rule(self) -> str:
         """The rule in words: must be at least 1, must lie in [0, 1], must be one of ..."""
@@ -58,9 +63,9 @@ def bounded_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, B
             yield from bounded_options(value, f"{option}.")
 
 
-def check_bounds(config: Any, prefix: str = "") -> None:
+def check_bounds(config: Any) -> None:
     """Raise OptionError for the first field of the dataclass `config` that is out of its bounds."""
-    for option, value, bounds, optional in bounded_options(config, prefix):
+    for option, value, bounds, optional in bounded_options(config):
         if value is None:
             continue
         if bounds.one_of:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_vopd.config import Config, CropConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.options import check_bounds
-
-AnyT = TypeVar("AnyT")
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def typed[AnyT](cfg: DictConfig, schema: type[AnyT]) -> AnyT:

@@ -9,7 +9,6 @@ import io
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
@@ -40,7 +39,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 _MAX_DETAIL = 300
 
 Box = tuple[float, float, float, float]
-ResultT = TypeVar("ResultT")
 
 
 class UnusableSample(Exception):

@@ -22,10 +22,13 @@ from omegaconf import DictConfig
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
+from nemo_vopd.options import bounded
 from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
 from nemo_vopd.validation import from_hydra
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the package
+
+PARTS = ("loss", "rollout", "step", "data", "gpu")
 
 
 @dataclasses.dataclass
@@ -94,20 +97,20 @@ class GpuBenchmark:
 class DataBenchmark:
     """Sizes of part=data: recipes/prepare_data.py on synthetic JPEG files of about 1 MB."""
 
-    num_images: int = 300
-    larger: int = 4
+    num_images: int = bounded(300, at_least=1)
+    larger: int = bounded(4, at_least=1)
     """Factor of the larger set of records, on which the memory is measured too."""
-    workers: int = 2
-    shard_size: int = 50
+    workers: int = bounded(2, at_least=1)
+    shard_size: int = bounded(50, at_least=1)
 
 
 @dataclasses.dataclass
 class BenchmarkConfig(Config):
     """A run's configuration and what to measure on it."""
 
-    part: str = "loss"
+    part: str = bounded("loss", one_of=PARTS)
     """loss | rollout | step | data | gpu"""
-    repeats: int = 3
+    repeats: int = bounded(3, at_least=1)
     """Number of measurements, whose median is reported."""
     output: str | None = None
     """JSON file for the results; part=gpu writes tables to FILE.md beside it."""
@@ -123,8 +126,6 @@ ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
 def main(cfg: DictConfig) -> None:
     """Measure, print a table, write the JSON."""
     config = from_hydra(cfg, BenchmarkConfig)
-    if config.part not in ("loss", "rollout", "step", "data", "gpu"):
-        raise OptionError("part", config.part, "must be one of loss, rollout, step, data, gpu", "say benchmark.py loss")
     if config.part == "gpu":
         _gpu(config)
         return

@@ -48,13 +48,17 @@ class RolloutEngine:
         raise NotImplementedError
 
     def sync_weights(self) -> None:
-        """Take over the student's weights after an optimizer step."""
-        return  # nothing to do for an engine that reads them where they are, or that reads none
+        """Take over the student's weights after an optimizer step.
+
+        An engine that reads the weights in place, or none at all, has nothing to do.
+        """
 
     def pending(self) -> list[dict[str, Any]]:
         """This rank's rollouts of the next step in plain values, which a checkpoint holds."""
         return []
 
     def restore(self, records: list[dict[str, Any]]) -> None:
-        """Take over the `pending` rollouts of all ranks from a checkpoint."""
-        return  # an engine that does not work ahead samples them again
+        """Take over the `pending` rollouts of all ranks from a checkpoint.
+
+        An engine that does not sample ahead ignores them: it samples those responses again.
+        """

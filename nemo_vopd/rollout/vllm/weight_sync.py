@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ _CHUNK_BYTES = 2**28
 """Size of the tensors that one request announces."""
 _ROUND_SECONDS = 60.0
 """Ranks that are done wait for others so long at a time: one long wait would exceed the time limit of the groups."""
-AnyT = TypeVar("AnyT")
 
 
 def together[AnyT](action: Callable[[], AnyT]) -> AnyT:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,8 +19,6 @@ from tqdm import tqdm
 from nemo_vopd.config import DataConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation.questions import Question
-
-AnyT = TypeVar("AnyT")
 
 
 @dataclass
@@ -149,11 +147,11 @@ class Model:
         """What tells these weights from others of the same name; None where it cannot be known."""
         return None
 
-    def from_collector(self, value: AnyT) -> AnyT:
+    def from_collector[AnyT](self, value: AnyT) -> AnyT:
         """The `value` of the process that collects, on every process."""
         return value
 
-    def gather(self, part: AnyT) -> list[AnyT]:
+    def gather[AnyT](self, part: AnyT) -> list[AnyT]:
         """The parts of all shares, on every process."""
         return [part]
 

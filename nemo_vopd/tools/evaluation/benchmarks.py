@@ -77,12 +77,18 @@ def _realworld(ending: str, published: str, language: str = "en", num_questions:
 _KIT = "VLMEvalKit's"
 _ALL = (
     _benchmark(
-        *("vstar", "V*", f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv", 191),
+        "vstar",
+        "V*",
+        f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
+        191,
         _source("data/test-*.parquet *.parquet", "image, text, label, question_id, category", rows.vstar),
         _source("*.tsv", "index, image, question, A, B, answer, category", rows.vstar_tsv),
     ),
     _benchmark(
-        *("zoombench", "ZoomBench", "inclusionAI/ZoomBench", 845),
+        "zoombench",
+        "ZoomBench",
+        "inclusionAI/ZoomBench",
+        845,
         _source("data/test*.parquet *.parquet", "id, query, response, image, crop_image", rows.zoombench),
     ),
     _hr_bench("4k"),
@@ -91,12 +97,18 @@ _ALL = (
     _realworld("-CN", f"MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", "cn"),
     _realworld("-Lite", f"MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv", num_questions=1919),
     _benchmark(
-        *("visualprobe", "VisualProbe", "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side", 515),
+        "visualprobe",
+        "VisualProbe",
+        "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
+        515,
         _source("VisualProbe_*/val.json val.json", "images, problem, solution", rows.visualprobe),
         mean_of="categories",
     ),
     _benchmark(
-        *("mmvp", "MMVP", f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv", 300),
+        "mmvp",
+        "MMVP",
+        f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
+        300,
         _source("Questions.csv", "Index, Question, Options, Correct Answer", rows.mmvp),
         _source("data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", rows.mmvp),
         _source("data/*.parquet *.parquet", "index, question, options, answer, image", rows.mmvp),
@@ -104,17 +116,26 @@ _ALL = (
         pairs=True,
     ),
     _benchmark(
-        *("cv-bench", "CV-Bench", f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv", 2638),
+        "cv-bench",
+        "CV-Bench",
+        f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
+        2638,
         _source("test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", rows.cv_bench),
         _source("CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", rows.cv_bench),
         mean_of="categories",
     ),
     _benchmark(
-        *("mmstar", "MMStar", f"Lin-Chen/MMStar; {_KIT} MMStar.tsv", 1500),
+        "mmstar",
+        "MMStar",
+        f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
+        1500,
         _source("mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", rows.mmstar),
     ),
     _benchmark(
-        *("pope", "POPE", f"lmms-lab/POPE; {_KIT} POPE.tsv", 9000),
+        "pope",
+        "POPE",
+        f"lmms-lab/POPE; {_KIT} POPE.tsv",
+        9000,
         _source(
             "data/test-*.parquet Full/*.parquet *.parquet", "question_id, question, answer, image, category", rows.pope
         ),

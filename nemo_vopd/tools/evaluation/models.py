@@ -16,7 +16,7 @@ from nemo_vopd.config import Config, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.answers import AnyT, Model, NotAnswered, Request
+from nemo_vopd.tools.evaluation.answers import Model, NotAnswered, Request
 from nemo_vopd.tools.evaluation.endpoint import Content, Endpoint, image_content, text_content
 from nemo_vopd.tools.evaluation.gap import greedy
 from nemo_vopd.tools.evaluation.options import EndpointConfig
@@ -58,13 +58,13 @@ class NativeModel(Model):
         """A hash of samples of the weight files: an export to the same folder changes it."""
         return weights_fingerprint(self._folder)
 
-    def from_collector(self, value: AnyT) -> AnyT:
+    def from_collector[AnyT](self, value: AnyT) -> AnyT:
         """The value of rank 0."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, part: AnyT) -> list[AnyT]:
+    def gather[AnyT](self, part: AnyT) -> list[AnyT]:
         """The parts of all data-parallel ranks."""
         parts: list[Any] = [None] * self.num_shares
         dist.all_gather_object(parts, part, group=self._group)
