@@ -291,7 +291,8 @@ def _one_line(error: Exception) -> str:
 
 def out_of_memory(row: Row) -> bool:
     """Whether the row tells that the GPU was too small."""
-    return any(word in str(row.get("error", "")) for word in ("OutOfMemoryError", "ALLOC_FAILED"))
+    words = "OutOfMemoryError", "ALLOC_FAILED", "Failed to CUDA calloc"  # PyTorch's, cuBLAS's, NCCL's
+    return any(word in str(row.get("error", "")) for word in words)
 
 
 def _free() -> None:

@@ -64,6 +64,15 @@ def layer_products(sizes: Architecture, num_tokens: int) -> list[tuple[int, int,
     return [(num_tokens, n, k) for n, k in shapes]
 
 
+def num_parameters(sizes: Architecture) -> int:
+    """Parameters of the layers, the embedding, the head and the tower's blocks, rounded down: norms are left out."""
+    vision = sizes["vision_config"]
+    width, ffn = vision["hidden_size"], vision["intermediate_size"]
+    layers = sizes["num_hidden_layers"] * sum(n * k for _, n, k in layer_products(sizes, 1))
+    embeddings = (1 if sizes.get("tie_word_embeddings") else 2) * sizes["vocab_size"] * sizes["hidden_size"]
+    return layers + embeddings + vision["depth"] * width * (4 * width + 3 * ffn)
+
+
 def operations(stage: Stage, packed: Packed) -> float:
     """Of a forward pass, without the head: 2 for each weight and token, attention's and the vision tower's added."""
     count = count_stage(stage, data_parallel=1)

@@ -24,6 +24,12 @@ from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.tools.planning.workload import Packed
 from nemo_vopd.vlm.build import build_twin, freeze
 
+_BYTES_OF_STATE = 24
+"""Bytes of each parameter on one GPU: bf16 weights, float32 gradient, master and two moments; bf16 teacher and its
+float32 average."""
+_SHARE_OF_STATE = 0.8
+"""Largest share of the memory that they may take; activations and logits need the rest."""
+
 
 def step(config: Config, repeats: int) -> list[Row]:
     """The phases of a training step on one batch."""
@@ -69,11 +75,13 @@ def gpu_step(
 ) -> None:
     """A training step on made-up responses: teacher, student, optimizer, moving average; in FP8 where layers ran in it.
 
-    What does not fit the GPU is tried again with half the microbatch, then with half the layers.
+    What does not fit the GPU is tried again with half the microbatch, then with half the layers. What cannot fit is
+    not tried: an allocation that fails in a pass leaves its memory taken.
     """
     groups = parallel.initialize(config.parallel, seed=config.seed)
     half = {**sizes, "num_hidden_layers": sizes["num_hidden_layers"] // 2}
     attempts = [(sizes, microbatch_tokens), (sizes, microbatch_tokens // 2), (half, microbatch_tokens)]
+    attempts = [one for one in attempts if _may_fit(one[0])] or attempts[-1:]
     ran = {row.get("precision") for row in bench.parts.get("layers", []) if "ms" in row}
     for name in (precision, *(["fp8_tensorwise"] if "fp8_tensorwise" in ran else [])):
         while attempts:
@@ -86,6 +94,14 @@ def gpu_step(
             if not out_of_memory(row):
                 break
             attempts.pop(0)  # no precision needs less memory than the first
+
+
+def _may_fit(sizes: models.Architecture) -> bool:
+    """Whether the weights and the state of training leave room for activations and logits; without a GPU they do."""
+    if not torch.cuda.is_available():
+        return True
+    most_bytes = _SHARE_OF_STATE * torch.cuda.get_device_properties(0).total_memory
+    return _BYTES_OF_STATE * models.num_parameters(sizes) <= most_bytes
 
 
 def _rollouts(

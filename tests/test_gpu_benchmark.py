@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,17 @@ def test_a_step_that_does_not_fit_is_tried_smaller(monkeypatch):
     bench.part("step", lambda: steps.gpu_step(bench, tiny_config(), tiny(), **sizes))
     assert tried == [(2, 64, None), (2, 32, None), (1, 64, None), (1, 64, "tensorwise")]
     assert ["error" in row for row in bench.parts["step"]] == [True, True, False, False]
+
+
+def test_a_step_that_cannot_fit_is_not_tried(monkeypatch):
+    sizes = models.architecture("qwen2_5_vl_3b")
+    assert models.num_parameters(sizes) == pytest.approx(3.75e9, rel=0.03)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for memory, fits in ((80, False), (141, True)):
+        properties = SimpleNamespace(total_memory=memory * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert steps._may_fit(sizes) == fits
+        assert steps._may_fit({**sizes, "num_hidden_layers": 18})
 
 
 def test_run_takes_the_options_of_the_recipe(tmp_path, capsys):

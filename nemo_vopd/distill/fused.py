@@ -4,7 +4,8 @@ Equal to `divergence.generalized_jsd` of the two heads' logits, but no [T, V] te
 backward: each chunk's logits are projected, turned into the gradient in place, multiplied back and freed.
 
 With s = log_softmax(z) and the support I, D depends on z through s_I = z_I - logsumexp(z) only. Hence
-dD/dz = scatter(g, I) - sum(g) * softmax(z), where g = dD/ds_I is a [chunk, K] tensor that autograd gives.
+dD/dz = scatter(g, I) - sum(g) * softmax(z), where g = dD/ds_I is a [chunk, K] tensor that autograd gives. Over the
+full vocabulary g is written out (`rows.divergence_sums`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nemo_vopd.config import DistillConfig
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs
 from nemo_vopd.distill.importance import importance_weights
 from nemo_vopd.distill.products import add_product_, product
+from nemo_vopd.distill.rows import divergence_gradient_, divergence_sums, normalise, softmax_times_
 from nemo_vopd.distill.vocabulary import Vocabulary
 
 _CPU_CHUNK_BYTES = 160 * 2**20
@@ -32,7 +34,7 @@ time of which a Hopper GPU computes the products of some 700 tokens. With fewer 
 def default_chunk_tokens(rows_of_head: int, device: str) -> int:
     """Rows whose logits exist at one time on a "cpu" or "cuda" device that holds `rows_of_head` rows of the head.
 
-    Two float32 tensors of this size exist at one time, more without a top-k.
+    Two float32 tensors of this size exist at one time.
     """
     return _GPU_CHUNK_TOKENS if device == "cuda" else max(1, _CPU_CHUNK_BYTES // (4 * rows_of_head))
 
@@ -206,11 +208,9 @@ class _FusedLinearJSD(torch.autograd.Function):
 
 
 def _logits(policy: Policy, temperature: float, vocabulary: Vocabulary, dtype: torch.dtype) -> Tensor:
-    """[c, V / tp] logits of c tokens, the largest of each row taken off."""
+    """[c, V / tp] logits of c tokens."""
     logits = vocabulary.hide_padding_(product(policy.hidden, policy.weight.t(), dtype))
-    if temperature != 1:
-        logits.div_(temperature)
-    return vocabulary.subtract_max_(logits)
+    return logits.div_(temperature) if temperature != 1 else logits
 
 
 def _chunk(
@@ -230,59 +230,46 @@ def _chunk(
     """
     dtype = token_weights.dtype
     logits = _logits(student_policy, options.temperature, vocabulary, dtype)
-    softmax = logits.exp()
-    total = vocabulary.sum(softmax.sum(-1, keepdim=True))
-    log_z = total.log()
-    softmax.div_(total)
-    stats.entropy.copy_(log_z.squeeze(-1) - vocabulary.sum(torch.linalg.vecdot(softmax, logits)))
+    of_student, entropy = normalise(logits, vocabulary)
+    stats.entropy.copy_(entropy)
     stats.importance.fill_(1.0)
     if sampled is not None:
-        log_probs = vocabulary.gather(logits, sampled.tokens[:, None]) - log_z
-        stats.log_probs.copy_(log_probs.squeeze(-1))
+        stats.log_probs.copy_(of_student.log_probs(vocabulary.gather(logits, sampled.tokens[:, None])).squeeze(-1))
         limit = options.max_importance_weight
         stats.importance.copy_(importance_weights(stats.log_probs, sampled.log_probs, max_weight=limit))
-
-    if options.top_k is None:
-        support, student = None, logits - log_z
-        stats.student_topk_mass.fill_(1.0)
-    else:
+    weights = token_weights * stats.importance
+    if options.top_k is not None:  # before the teacher's logits are there: torch.topk takes more memory than they
         values, support = vocabulary.top_k(logits, options.top_k)
-        student = values - log_z
-        stats.student_topk_mass.copy_(student.exp().sum(-1))
-    if not options.teacher_mix:
-        del logits
-    teacher_logits = _logits(teacher_policy, options.temperature, vocabulary, dtype)
-    if options.teacher_mix:  # a constant taken off a row of either changes no probability
-        teacher_logits = vocabulary.subtract_max_(teacher_logits.lerp_(logits, options.teacher_mix))
-    teacher = teacher_logits.clone() if support is None else vocabulary.gather(teacher_logits, support)
-    teacher -= vocabulary.sum(teacher_logits.exp_().sum(-1, keepdim=True)).log()
-    del teacher_logits
-    stats.teacher_topk_mass.copy_(vocabulary.sum(teacher.exp().sum(-1)) if support is None else teacher.exp().sum(-1))
 
+    teacher_logits = _logits(teacher_policy, options.temperature, vocabulary, dtype)
+    if options.teacher_mix:
+        teacher_logits.lerp_(logits, options.teacher_mix)
+    of_teacher, _ = normalise(teacher_logits, vocabulary)
+    if options.top_k is None:
+        both = logits, of_student, teacher_logits, of_teacher, options.alpha
+        divergence, slope_sum = divergence_sums(*both)
+        stats.divergence.copy_(vocabulary.sum(divergence))
+        stats.student_topk_mass.fill_(1.0)
+        stats.teacher_topk_mass.fill_(1.0)
+        loss = torch.where(weights != 0, stats.divergence * weights, 0.0).sum()
+        return loss, divergence_gradient_(*both, vocabulary.sum(slope_sum), weights) if want_gradient else None
+
+    student, teacher = of_student.log_probs(values), of_teacher.log_probs(vocabulary.gather(teacher_logits, support))
+    del teacher_logits
+    stats.student_topk_mass.copy_(student.exp().sum(-1))
+    stats.teacher_topk_mass.copy_(teacher.exp().sum(-1))
     with torch.enable_grad():
         student.requires_grad_()
-        if support is None:
-            per_token = jsd_of_log_probs(student, teacher, options.alpha)
-        else:
-            closed = close_support(student, options.add_tail), close_support(teacher, options.add_tail)
-            per_token = jsd_of_log_probs(*closed, options.alpha)
-        weights = token_weights * stats.importance
+        closed = close_support(student, options.add_tail), close_support(teacher, options.add_tail)
+        per_token = jsd_of_log_probs(*closed, options.alpha)
         # where, not a product alone: a token that is masked out must not pass on a non-finite value
-        weighted = torch.where(weights != 0, per_token * weights, torch.zeros_like(per_token))
+        weighted = torch.where(weights != 0, per_token * weights, 0.0)
         (slope,) = torch.autograd.grad(weighted.sum(), student) if want_gradient else (None,)
-    divergence = per_token.detach()
+    stats.divergence.copy_(per_token.detach())
     loss = weighted.detach().sum()
-    if support is None:  # every rank holds the classes of its own rows
-        divergence, loss = vocabulary.sum(divergence.clone()), vocabulary.sum(loss.clone())
-    stats.divergence.copy_(divergence)
-
     if slope is None:
         return loss, None
-    through_log_z = slope.sum(-1, keepdim=True)
-    if support is None:
-        gradient = slope.sub_(vocabulary.sum(through_log_z) * softmax)
-    else:
-        gradient = softmax.mul_(-through_log_z)
-        vocabulary.scatter_add_(gradient, support, slope)
-    gradient.masked_fill_((weights == 0)[:, None], 0.0)  # not a product: 0 times what is not finite is not 0
+    slope.masked_fill_((weights == 0)[:, None], 0.0)  # not a product: 0 times what is not finite is not 0
+    gradient = softmax_times_(logits, of_student, -slope.sum(-1))
+    vocabulary.scatter_add_(gradient, support, slope)
     return loss, gradient

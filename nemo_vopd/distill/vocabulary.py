@@ -34,16 +34,6 @@ class Vocabulary:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def subtract_max_(self, logits: Tensor) -> Tensor:
-        """Take the largest logit of each row off [c, V / tp], in place.
-
-        What follows is then as exact as log_softmax: a logsumexp of its own would round at the size of the logits.
-        """
-        maximum = logits.amax(dim=-1, keepdim=True)
-        if self.group is not None:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
-        return logits.sub_(maximum)
-
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and global indices [c, k] of the largest logits, from each rank's own largest."""
         width = logits.size(-1)

@@ -61,7 +61,10 @@ class Assumptions:
     bandwidth_efficiency: float = 0.6
     """Share of the memory bandwidth that decoding reaches."""
     decode_layer_seconds: float = 3e-4
-    """Least time of one layer for one token of a batch, whatever its size: kernel launches and small all-reduces."""
+    """Least time of one layer for one token of a batch, whatever its size: kernel launches and small all-reduces.
+
+    One H100 took 6e-4 without CUDA graphs (docs/benchmarks.md).
+    """
     network_bytes_per_second: float = 40e9
     """Each GPU's share of the network between nodes: gradients, weights and the teacher cross it once a step."""
     context_gib: float = 1.5

@@ -91,12 +91,15 @@ def patch_bytes(packed: Packed, vision: Any) -> int:
 
 
 def loss_bytes(config: Config, stage: StageCount, hidden: int, e: int, num_rows: int) -> int:
-    """Bytes of one chunk's float32 logits of both policies, and of the gradient of the response rows' hidden states."""
+    """Bytes of one chunk's float32 logits of both policies, and of the gradient of the response rows' hidden states.
+
+    torch.topk takes as much as 2.25 copies of the logits (docs/benchmarks.md), before the teacher's are there.
+    """
     rows_of_head = stage.num_head // hidden
     chunk = config.distill.chunk_tokens or default_chunk_tokens(rows_of_head, "cuda")
     logits = min(chunk, num_rows) * rows_of_head
-    num_float32 = 2 if config.distill.top_k is not None and config.distill.teacher.kind != "trust_region" else 4
-    return logits * 4 * num_float32 + e * num_rows * hidden
+    num_float32 = 2 if config.distill.top_k is None else 3.25
+    return int(logits * 4 * num_float32) + e * num_rows * hidden
 
 
 def stage_memory(case: Case, number: int) -> StageMemory:
