@@ -88,8 +88,7 @@ def divergence_sums(
 
 
 @triton.jit
-def _terms(
-    z, u, shift, total, teacher_shift, teacher_total, inside, ALPHA: tl.constexpr):
+def _terms(z, u, shift, total, teacher_shift, teacher_total, inside, ALPHA: tl.constexpr):
     """The student's probability of some classes, the slope of the divergence and the teacher's part of it."""
     s = (z - shift) - total
     t = (u - teacher_shift) - teacher_total

@@ -16,7 +16,8 @@ from nemo_vopd.tools.during_training import GapDuringTraining
 from nemo_vopd.tools.evaluation.gap import Gap, evaluate_directory
 from nemo_vopd.tools.report.examples import NUM_EXAMPLES, make_examples, make_traces, read_questions
 from nemo_vopd.tools.report.examples_file import Examples, write_examples
-from nemo_vopd.tools.report.page import gap_figure_svg, write_report
+from nemo_vopd.tools.report.header import gap_figure_svg
+from nemo_vopd.tools.report.page import write_report
 from nemo_vopd.tools.report.run_files import read_run
 from nemo_vopd.tools.warmup import warm_up
 from nemo_vopd.training.run import train

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vopd.tools.prepare.statistics import AREA_EDGES, MEGAPIXEL_EDGES, Statistics, histogram
-from nemo_vopd.tools.report.style import STYLE
+from nemo_vopd.tools.report.page import stylesheet
 
 _STYLE = """
 .dc-hist text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--muted); }
@@ -89,7 +89,7 @@ def card_page(card: dict) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data card: {escape(names)}</title><style>{STYLE}{_STYLE}</style></head><body>"
+        f"<title>Data card: {escape(names)}</title><style>{stylesheet()}{_STYLE}</style></head><body>"
         f'<header><h1>Data card</h1><p class="lead">{escape(names)}</p><dl class="numbers">{tiles}</dl></header>'
         f"<main>{''.join(sections)}</main>"
         "<footer>Written by recipes/prepare_data.py; data_card.json beside this page has the numbers.</footer>"

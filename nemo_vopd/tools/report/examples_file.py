@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from nemo_vopd.tools.report.svg import as_float
+from nemo_vopd.tools.report.numbers import as_float
 
 MAX_IMAGE_SIDE = 640
 """Larger images are shrunk before they are kept: the page shows none of them wider."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from nemo_vopd.tools.report.bars import gap_bars
+from nemo_vopd.tools.report.charts import PRINT_COLOURS, as_svg
+from nemo_vopd.tools.report.numbers import as_float, format_number, format_percent, points
 from nemo_vopd.tools.report.run_files import Run
-from nemo_vopd.tools.report.svg import as_float, format_number, format_percent
-from nemo_vopd.tools.report.svg_bars import PAGE_COLOURS, PRINT_COLOURS, gap_bars
-from nemo_vopd.tools.report.text import points
 
 _STATUS = {
     "max_steps": "finished: all steps are done",
@@ -27,15 +26,10 @@ Accuracies = dict[str, tuple[float, float]]
 def gap_figure_svg(summary: dict[str, Any]) -> str:
     """The bars of full-view and crop-view accuracy before and after, on white: a file of its own for a README."""
     accuracies = _of_summary(summary)
-    name = escape(_gap_headline(accuracies, as_float(summary.get("gap_closed"))))
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 366" width="480" height="366" role="img" '
-        f'aria-label="{name}"><rect x="0.5" y="0.5" width="479" height="365" rx="8" '
-        'fill="#ffffff" stroke="#d9d7d2"/><text x="18" y="29" font-family="system-ui, -apple-system, Segoe UI, '
-        f'sans-serif" font-size="15" font-weight="700" fill="{PRINT_COLOURS["ink"]}">Accuracy on the full image and '
-        f'on the evidence crop</text><g transform="translate(0 36)">{gap_bars(accuracies, PRINT_COLOURS)}'
-        "</g></svg>\n"
-    )
+    name = _gap_headline(accuracies, as_float(summary.get("gap_closed")))
+    title = {"text": "Accuracy on the full image and on the evidence crop", "anchor": "start", "fontSize": 15}
+    page = {"width": 420, "background": "#ffffff", "padding": 16, "title": title | {"color": PRINT_COLOURS["ink"]}}
+    return as_svg(gap_bars(accuracies, name, PRINT_COLOURS, **page)) + "\n"
 
 
 def _of_summary(summary: dict[str, Any]) -> Accuracies:
@@ -124,59 +118,26 @@ def headline(run: Run) -> str:
     return f"{steps}: the loss {verb} from {format_number(first)} to {format_number(last)}."
 
 
-def header(title: str, run: Run, other: Run | None) -> str:
-    """Title, headline, numbers, and the bars of the gap if there are any; one line about the run to compare with."""
+def header(run: Run, other: Run | None) -> dict[str, Any]:
+    """The headline, numbers (name, value, unit), and the bars of the gap if there are any."""
     accuracies, how = _of_run(run)
-    known = _known(accuracies)
     closed = as_float(run.summary.get("gap_closed"))
-    content = _gap_numbers(accuracies, closed, how) if known else _run_numbers(run)
-    figure = ""
-    if known:
-        name, bars = escape(_gap_headline(accuracies, closed)), gap_bars(accuracies, PAGE_COLOURS)
-        svg = f'<svg viewBox="0 0 480 330" role="img" aria-label="{name}">{bars}</svg>'
-        figure = f'<figure class="card">{svg}</figure>'
-    compared = ""
-    if other is not None:
-        text = f"Compared with {other.name} (dashed curves): {headline(other)}"
-        compared = f'<p class="compared">{escape(text)}</p>'
-    notes = "".join(f"<li>{escape(note)}</li>" for one in (run, other) if one for note in one.notes)
-    notes = f'<ul class="found notes">{notes}</ul>' if notes else ""
-    return (
-        f'<header id="gap"{"" if figure else " class=single"}><div><h1>{escape(title)}</h1>'
-        f'<p class="lead">{escape(headline(run))}</p>{content}{compared}{notes}</div>{figure}</header>'
-    )
-
-
-def _tiles(numbers: list[tuple[str, str, str]]) -> str:
-    tiles = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(value)} <small>{unit}</small></dd></div>" for name, value, unit in numbers
-    )
-    return f'<dl class="numbers">{tiles}</dl>'
-
-
-def _gap_numbers(accuracies: Accuracies, closed: float, how: str) -> str:
+    shown: dict[str, Any] = {"headline": headline(run), "other": headline(other) if other else ""}
+    if not _known(accuracies):
+        return shown | {"numbers": _run_numbers(run), "status": _status(run), "gap": None}
     before, after, closed = _gaps(accuracies, closed)
-    (full_before, crop_before), (full_after, crop_after) = accuracies.values()
-    tiles = _tiles(
-        [
-            ("Gap before", points(before), "points"),
-            ("Gap after", points(after), "points"),
-            ("Gap closed", format_percent(closed, 0), ""),
-        ]
-    )
-    return (
-        f'{tiles}<p><b class="full">Full view</b>: {format_percent(full_before)} before, {format_percent(full_after)} '
-        f'after.<br><b class="crop">Crop view</b>: {format_percent(crop_before)} before, {format_percent(crop_after)} '
-        f'after.</p><p class="note">{how} The gap is the accuracy with a crop around the evidence minus the accuracy '
-        "with the full image. Vision-OPD lets a model that sees the crop teach itself on the full image.</p>"
-    )
+    numbers = [("Gap before", points(before), "points"), ("Gap after", points(after), "points")]
+    numbers.append(("Gap closed", format_percent(closed, 0), ""))
+    views = {view: [format_percent(pair[i]) for pair in accuracies.values()] for i, view in enumerate(("full", "crop"))}
+    bars = gap_bars(accuracies, _gap_headline(accuracies, closed))
+    return shown | {"numbers": numbers, "gap": {"views": views, "how": how, "chart": bars}}
 
 
-def _run_numbers(run: Run) -> str:
+def _run_numbers(run: Run) -> list[tuple[str, str, str]]:
     numbers = []
     if _num_steps(run):
         numbers.append(("Steps", _progress(run), ""))
     first, last = _ends(run.metrics.get("loss"))
     if math.isfinite(last):
         numbers.append(("Loss", f"{format_number(first)} \u2192 {format_number(last)}", "nats per token"))
-    return (_tiles(numbers) if numbers else "") + f"<p>Status: {escape(_status(run))}.</p>"
+    return numbers

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
-from nemo_vopd.tools.report.cards import examples_section, tokens_section
-from nemo_vopd.tools.report.config import config_section, facts_section
+import jinja2
+from markupsafe import Markup
+
+from nemo_vopd.tools.report.charts import Spec, vega_bundle
 from nemo_vopd.tools.report.curves import accuracy_section, curves_section, warmup_section
-from nemo_vopd.tools.report.data import data_section, drops_section
-from nemo_vopd.tools.report.header import gap_figure_svg, header
+from nemo_vopd.tools.report.facts import config_section, data_section, drops_section, facts_section
+from nemo_vopd.tools.report.header import header
+from nemo_vopd.tools.report.numbers import format_number, format_percent
 from nemo_vopd.tools.report.results import benchmarks_section, evidence_section
 from nemo_vopd.tools.report.run_files import Results, Run
-from nemo_vopd.tools.report.style import SCRIPT, STYLE
-
-__all__ = ["gap_figure_svg", "write_report"]
+from nemo_vopd.tools.report.tokens import shown_tokens
 
 # The policy makes the promise of a self-contained page one that the browser keeps.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def stylesheet() -> str:
+    """The page's CSS, for other pages that should look like it."""
+    return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
 def write_report(path: Path, run: Run, other: Run | None = None, baseline: Sequence[Results] = ()) -> None:
@@ -37,33 +45,46 @@ def write_report(path: Path, run: Run, other: Run | None = None, baseline: Seque
 
 def _page(run: Run, other: Run | None, baseline: list[Results]) -> str:
     examples = run.examples
-    sections = [
+    viewer = {"traces": examples.traces, "note": examples.note} if examples.traces or examples.note else {}
+    sections: list[tuple[str, str, Any]] = [
         ("accuracy", "Accuracy over steps", accuracy_section(run, other)),
         ("evidence", "The gap by evidence size", evidence_section(run.results, baseline)),
         ("benchmarks", "Benchmarks", benchmarks_section(run.results, baseline)),
         ("curves", "Training", curves_section(run, other)),
         ("warmup", "Warm-up", warmup_section(run)),
-        ("examples", "Examples", examples_section(examples.examples)),
-        ("tokens", "Token by token", tokens_section(examples.traces, examples.note)),
+        ("examples", "Examples", examples.examples),
+        ("tokens", "Token by token", viewer),
         ("drops", "Dropped", drops_section(run)),
         ("data", "Data", data_section(run.data_card)),
         ("config", "Options", config_section(run, other)),
         ("facts", "Run facts", facts_section(run)),
     ]
-    shown = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in shown)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>{content}</section>'
-        for key, name, content in shown
+    charts: list[Spec] = []
+
+    def chart(spec: Spec) -> Markup:
+        """The place of a chart, which the script fills with the specification at the end of the page."""
+        charts.append(spec)
+        return Markup('<div class="chart" id="chart{}"></div>').format(len(charts) - 1)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    title = f"Vision-OPD: {run.name}" + (f" and {other.name}" if other else "")
-    navigation = f'<nav aria-label="Sections">{links}</nav>' if links else ""
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"{header(title, run, other)}{navigation}<main>{body}</main>"
-        "<footer>Vision-OPD: on-policy self-distillation of a vision-language model (arXiv 2605.18740).</footer>"
-        f'<div id="tip" hidden></div><script>{SCRIPT}</script></body></html>\n'
+    environment.policies["json.dumps_kwargs"] = {}  # the order of a row is that of its tooltip
+    environment.filters |= {"chart": chart, "number": format_number, "percent": format_percent, "tokens": shown_tokens}
+    environment.tests |= {"finite": math.isfinite, "long": lambda text: any(len(word) > 12 for word in text.split())}
+    return environment.get_template("page.html.j2").render(
+        policy=_POLICY,
+        title=f"Vision-OPD: {run.name}" + (f" and {other.name}" if other else ""),
+        header=header(run, other),
+        other=other,
+        notes=[note for one in (run, other) if one for note in one.notes],
+        sections=[section for section in sections if section[2]],
+        charts=lambda: charts,
+        style=Markup(stylesheet()),
+        script=Markup((_TEMPLATES / "script.js").read_text(encoding="utf-8")),
+        vega=lambda: Markup(vega_bundle()),
     )

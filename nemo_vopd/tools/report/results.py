@@ -5,23 +5,76 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from nemo_vopd.tools.report.cards import legend
-from nemo_vopd.tools.report.run_files import Results
-from nemo_vopd.tools.report.svg import as_float, format_number, format_percent
-from nemo_vopd.tools.report.svg_evidence import (
-    accuracy_chart,
-    area_text,
-    gap_chart,
-    interval_text,
-    read_bins,
-    same_sizes,
+from nemo_vopd.tools.report.bars import columns_chart, intervals_chart
+from nemo_vopd.tools.report.charts import Spec
+from nemo_vopd.tools.report.numbers import (
+    DASH,
+    NAN,
+    Interval,
+    as_float,
+    as_interval,
+    format_area,
+    format_interval,
+    format_number,
+    format_percent,
+    label,
+    points,
+    signed,
 )
-from nemo_vopd.tools.report.text import difference, label, number_note, numeric_table, points, signed
+from nemo_vopd.tools.report.parts import Cell, Legend, Panel, Table
+from nemo_vopd.tools.report.run_files import Results
 
-_NO_INTERVAL = (math.nan, math.nan)
+_NO_INTERVAL = (NAN, NAN)
+_VIEWS = ("full", "crop")
+
+
+@dataclass
+class EvidenceBin:
+    """Accuracies over the samples whose evidence covers [low, high) of the image; NaN where one is not known."""
+
+    low: float
+    high: float
+    num_samples: float
+    full: float
+    full_interval: Interval
+    crop: float
+    crop_interval: Interval
+
+    @property
+    def gap(self) -> float:
+        """Crop-view accuracy less full-view accuracy."""
+        return self.crop - self.full
+
+    @property
+    def name(self) -> str:
+        """What the bin covers."""
+        return f"{format_area(self.low)} to {format_area(self.high)}"
+
+
+def read_bins(rows: object) -> list[EvidenceBin]:
+    """The bins of a results file whose size is known, the smallest first; open ends get a finite one."""
+    bins = []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            full, crop = (as_interval(row.get(f"{view}_interval")) for view in _VIEWS)
+            low, high, num = (as_float(row.get(key)) for key in ("low", "high", "num_samples"))
+            bins.append(EvidenceBin(low, high, num, as_float(row.get("full")), full, as_float(row.get("crop")), crop))
+    bins = [one for one in bins if one.low > 0 or one.high > 0]
+    borders = [edge for one in bins for edge in (one.low, one.high) if edge > 0]
+    for one in bins:
+        one.low = one.low if one.low > 0 else min(borders, default=NAN) / 4
+        one.high = one.high if math.isfinite(one.high) else max(borders, default=NAN) * 4
+    return sorted((one for one in bins if 0 < one.low <= one.high), key=lambda one: (one.low, one.high))
+
+
+def same_sizes(bins: list[EvidenceBin], others: list[EvidenceBin]) -> list[EvidenceBin]:
+    """`others` if they are of the same sizes as `bins`, else none: the two were measured on different samples."""
+    same = len(bins) == len(others) and all(
+        math.isclose(a.low, b.low) and math.isclose(a.high, b.high) for a, b in zip(bins, others, strict=True)
+    )
+    return others if same else []
 
 
 @dataclass
@@ -35,17 +88,22 @@ class _Pair:
     comparison: dict[str, Any]
 
     @property
-    def title(self) -> str:
-        """The benchmark's name, escaped, with its number of samples."""
+    def title(self) -> Cell:
+        """The benchmark's name, with its number of samples."""
         num = as_float(self.entry.get("num_samples"))
         notes = [f"{format_number(num)} samples"] if math.isfinite(num) else []
-        return escape(self.name) + number_note(", ".join([*notes, *([self.source] if self.source else [])]))
+        return Cell(self.name, ", ".join([*notes, *([self.source] if self.source else [])]))
 
     @property
     def name(self) -> str:
         """The benchmark's name."""
         title = self.entry.get("title")
         return str(title) if title else "The gap" if self.key == "gap" else self.key
+
+    @property
+    def heading(self) -> str:
+        """The benchmark's name, with its file where there are several."""
+        return f"{self.name} ({self.source})" if self.source else self.name
 
 
 def _pairs(results: list[Results], baseline: list[Results]) -> Iterator[_Pair]:
@@ -56,18 +114,12 @@ def _pairs(results: list[Results], baseline: list[Results]) -> Iterator[_Pair]:
             yield _Pair(source, key, entry, before, file.comparison.get(key, {}))
 
 
-def _view(entry: dict[str, Any], view: str) -> tuple[float, tuple[float, float]]:
+def _view(entry: dict[str, Any], view: str) -> tuple[float, Interval]:
     """Accuracy of one view and its interval."""
     value = entry.get(view)
     if not isinstance(value, dict):
         return as_float(value), _NO_INTERVAL
-    return as_float(value.get("accuracy")), _interval(value.get("interval"))
-
-
-def _interval(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        return _NO_INTERVAL
-    return as_float(value[0]), as_float(value[1])
+    return as_float(value.get("accuracy")), as_interval(value.get("interval"))
 
 
 def _gap(entry: dict[str, Any]) -> float:
@@ -81,71 +133,94 @@ def _accuracy(entry: dict[str, Any]) -> float:
     return own if math.isfinite(own) else _view(entry, "full")[0]
 
 
-def _percent(value: float) -> str:
-    return format_percent(value) if math.isfinite(value) else "\u2013"
+def _percent(value: float, interval: Interval = _NO_INTERVAL) -> Cell:
+    return Cell(format_percent(value) if math.isfinite(value) else DASH, format_interval(interval))
 
 
-def _with_interval(value: float, interval: tuple[float, float]) -> str:
-    return _percent(value) + number_note(interval_text(interval).strip())
-
-
-def _change(value: float, interval: tuple[float, float] = _NO_INTERVAL) -> str:
+def _change(value: float, interval: Interval = _NO_INTERVAL) -> Cell:
     if not math.isfinite(value):
-        return "\u2013"
-    return difference(value, signed(100 * value, 1)) + number_note(interval_text(interval).strip())
+        return Cell(DASH)
+    kind = "plus" if value > 5e-4 else "minus" if value < -5e-4 else ""
+    return Cell(signed(100 * value, 1), format_interval(interval), kind)
 
 
-def evidence_section(results: list[Results], baseline: list[Results]) -> str:
-    """Accuracy and gap by relative evidence area, one block for each benchmark that has it; empty without any."""
+def evidence_section(results: list[Results], baseline: list[Results]) -> list[dict[str, Any]]:
+    """Accuracy and gap by relative evidence area, one block for each benchmark that has it."""
     blocks = []
     for pair in _pairs(results, baseline):
         bins = read_bins(pair.entry.get("by_evidence_size"))
         before = same_sizes(bins, read_bins(pair.before.get("by_evidence_size")))
-        charts = [chart for chart in (accuracy_chart(bins, before), gap_chart(bins, before)) if chart] if bins else []
-        if not charts:
-            continue
-        source = f" ({pair.source})" if pair.source else ""
-        views = legend([("full view", "var(--full)"), ("crop view", "var(--crop)")], "before" if before else "")
-        gaps = legend([("gap", "var(--c3)")], "before" if before else "")
-        cards = [f'<figure class="card">{c}{n}</figure>' for c, n in zip(charts, (views, gaps), strict=False)]
-        rows = [
-            [
-                f"{area_text(one.low)} to {area_text(one.high)}",
-                format_number(one.num_samples),
-                _with_interval(one.full, one.full_interval),
-                _with_interval(one.crop, one.crop_interval),
-                points(one.gap),
-            ]
-            for one in bins
+        panels = evidence_panels(bins, before)
+        rows: list[list[Cell | str]] = [
+            [one.name, format_number(one.num_samples), *_accuracies(one), points(one.gap)] for one in bins
         ]
-        table = numeric_table(["Evidence, of the image", "Samples", "Full view", "Crop view", "Gap, points"], rows)
-        blocks.append(
-            f'<h3>{escape(pair.name + source)}</h3><div class="pairs">{"".join(cards)}</div>'
-            f"<details><summary>Numbers of each bin</summary>{table}</details>"
-        )
-    if not blocks:
-        return ""
-    return (
-        '<p class="note">The smaller the evidence, the more a crop helps. Whiskers are 95% intervals; n is the number '
-        f'of samples in a bin.</p><div class="stacked">{"".join(blocks)}</div>'
-    )
+        table = Table(["Evidence, of the image", "Samples", "Full view", "Crop view", "Gap, points"], rows)
+        if panels:
+            blocks.append({"heading": pair.heading, "panels": panels, "table": table})
+    return blocks
 
 
-def benchmarks_section(results: list[Results], baseline: list[Results]) -> str:
+def _accuracies(one: EvidenceBin) -> list[Cell]:
+    return [_percent(one.full, one.full_interval), _percent(one.crop, one.crop_interval)]
+
+
+def evidence_panels(bins: list[EvidenceBin], before: list[EvidenceBin]) -> list[Panel]:
+    """Charts of accuracy and gap of each bin; `before` (of the same sizes, or none) hollow and dashed."""
+    # bins of one size are told apart by their number
+    names = [f"{one.name}\nn = {format_number(one.num_samples)}" for one in bins]
+    names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+    samples = ("samples", [format_number(one.num_samples) for one in bins])
+    panels, title = [], "relative evidence area"
+    if any(math.isfinite(value) for one in bins for value in (one.full, one.crop)):
+        curves: dict[str, list[Spec]] = {}
+        texts = []
+        for view in _VIEWS:
+            curves[view] = [_bar(getattr(one, view), getattr(one, f"{view}_interval")) for one in bins]
+            texts.append((f"{view} view", [" ".join(filter(None, _text(one, view))) for one in bins]))
+            if before:
+                curves[f"{view} before"] = [
+                    _bar(getattr(one, view), getattr(one, f"{view}_interval")) for one in before
+                ]
+                texts.append((f"{view} view before", [format_percent(getattr(one, view)) for one in before]))
+        name = "Accuracy of both views by relative evidence area"
+        chart = intervals_chart(names, curves, [*texts, samples], label=name, title=title)
+        views = [("full view", "var(--full)"), ("crop view", "var(--crop)")]
+        panels.append(Panel("", chart, legend=Legend(views, "before" if before else "")))
+    if any(math.isfinite(one.gap) for one in bins):
+        texts = [("gap", [f"{points(one.gap)} points" for one in bins])]
+        if before:
+            texts.append(("gap before", [f"{points(one.gap)} points" for one in before]))
+        gaps = [[100 * one.gap for one in group] for group in (bins, before)]
+        words = {"label": "The gap by relative evidence area", "title": title, "y_label": "gap, points"}
+        chart = columns_chart(names, gaps[0], gaps[1], [*texts, samples], **words)
+        panels.append(Panel("", chart, legend=Legend([("gap", "var(--c3)")], "before" if before else "")))
+    return panels
+
+
+def _text(one: EvidenceBin, view: str) -> tuple[str, str]:
+    return format_percent(getattr(one, view)), format_interval(getattr(one, f"{view}_interval"))
+
+
+def _bar(value: float, interval: Interval) -> Spec:
+    """What the chart draws; JSON has no NaN."""
+    numbers = zip(("y", "low", "high"), (value, *interval), strict=True)
+    return {name: min(max(number, 0.0), 1.0) if math.isfinite(number) else None for name, number in numbers}
+
+
+def benchmarks_section(results: list[Results], baseline: list[Results]) -> dict[str, Any]:
     """Every benchmark against the baseline, both views, and its categories; empty without results."""
     pairs = list(_pairs(results, baseline))
     if not pairs:
-        return ""
-    parts = [_accuracy_table(pairs)]
+        return {}
+    tables = [_accuracy_table(pairs)]
     if any(math.isfinite(_view(pair.entry, "crop")[0]) for pair in pairs):
-        parts.append(_views_table(pairs))
-    details = "".join(_details(pair) for pair in pairs)
+        tables.append(_views_table(pairs))
+    details = [(pair.heading, found) for pair in pairs if (found := _details(pair))]
     models = ", ".join(dict.fromkeys(str(file.data["model"]) for file in results if file.data.get("model")))
-    note = f'<p class="note">Model: {escape(models)}. Intervals hold 95%.</p>' if models else ""
-    return f'{note}<div class="pairs">{"".join(parts)}</div>{details}'
+    return {"models": models, "tables": tables, "details": details}
 
 
-def _accuracy_table(pairs: list[_Pair]) -> str:
+def _accuracy_table(pairs: list[_Pair]) -> Table:
     compared = any(pair.before or pair.comparison for pair in pairs)
     rows = []
     for pair in pairs:
@@ -156,56 +231,46 @@ def _accuracy_table(pairs: list[_Pair]) -> str:
         row = [pair.title, _percent(now)]
         if compared:
             change = change if math.isfinite(change) else now - before
-            row += [_percent(before), _change(change, _interval(pair.comparison.get("interval")))]
+            row += [_percent(before), _change(change, as_interval(pair.comparison.get("interval")))]
         rows.append(row)
     heads = ["Benchmark", "Accuracy", *(["Baseline", "Difference, points"] if compared else [])]
-    return numeric_table(heads, rows, "Each benchmark's own accuracy")
+    return Table(heads, rows, "Each benchmark's own accuracy")
 
 
-def _views_table(pairs: list[_Pair]) -> str:
+def _views_table(pairs: list[_Pair]) -> Table:
     rows = []
     with_before = any(math.isfinite(_gap(pair.before)) for pair in pairs)
     for pair in pairs:
-        (full, full_interval), (crop, crop_interval) = (_view(pair.entry, view) for view in ("full", "crop"))
-        if math.isfinite(crop):
-            row = [pair.title, _with_interval(full, full_interval), _with_interval(crop, crop_interval)]
-            row.append(points(_gap(pair.entry)))
-            rows.append([*row, points(_gap(pair.before)) if pair.before else "\u2013"] if with_before else row)
+        views = [_view(pair.entry, view) for view in _VIEWS]
+        if math.isfinite(views[1][0]):
+            row = [pair.title, *(_percent(*view) for view in views), points(_gap(pair.entry))]
+            rows.append([*row, points(_gap(pair.before)) if pair.before else DASH] if with_before else row)
     heads = ["Benchmark", "Full view", "Crop view", "Gap, points", *(["Gap before"] if with_before else [])]
-    return numeric_table(heads, rows, "Full view and crop view")
+    return Table(heads, rows, "Full view and crop view")
 
 
-def _details(pair: _Pair) -> str:
-    """Categories and further metrics of one benchmark, folded."""
-    categories = pair.entry.get("categories")
-    before = pair.before.get("categories")
-    old = before if isinstance(before, dict) else {}
-    entries = {k: v for k, v in categories.items() if isinstance(v, dict)} if isinstance(categories, dict) else {}
-    parts = []
-    if entries:
-        parts.append(_categories_table(entries, old))
-    metrics = pair.entry.get("metrics")
-    if isinstance(metrics, dict) and metrics:
-        rows = [[escape(label(str(name))), format_number(as_float(value))] for name, value in metrics.items()]
-        parts.append(numeric_table(["Metric", "Value"], rows))
-    if not parts:
-        return ""
-    source = f" ({pair.source})" if pair.source else ""
-    summary = f"<summary>{escape(pair.name + source)} in detail</summary>"
-    return f'<details>{summary}<div class="pairs">{"".join(parts)}</div></details>'
+def _details(pair: _Pair) -> list[Table]:
+    """Categories and further metrics of one benchmark."""
+    categories, before, metrics = (
+        one if isinstance(one, dict) else {}
+        for one in (pair.entry.get("categories"), pair.before.get("categories"), pair.entry.get("metrics"))
+    )
+    entries = {str(name): entry for name, entry in categories.items() if isinstance(entry, dict)}
+    tables = [_categories_table(entries, before)] if entries else []
+    rows = [[label(str(name)), format_number(as_float(value))] for name, value in metrics.items()]
+    return [*tables, Table(["Metric", "Value"], rows)] if rows else tables
 
 
-def _categories_table(entries: dict[str, dict[str, Any]], before: dict[str, Any]) -> str:
+def _categories_table(entries: dict[str, dict[str, Any]], before: dict[str, Any]) -> Table:
     crop = any(math.isfinite(as_float(entry.get("crop"))) for entry in entries.values())
     rows = []
     for name, entry in entries.items():
         num, full = as_float(entry.get("num_samples")), as_float(entry.get("full"))
-        note = number_note(f"{format_number(num)} samples") if math.isfinite(num) else ""
-        row = [escape(str(name)) + note, _percent(full)]
+        row = [Cell(name, f"{format_number(num)} samples" if math.isfinite(num) else ""), _percent(full)]
         row += [_percent(as_float(entry.get("crop")))] if crop else []
         if before:
             old = before.get(name)
             row.append(_change(full - as_float(old.get("full") if isinstance(old, dict) else None)))
         rows.append(row)
     heads = ["Category", "Full view", *(["Crop view"] if crop else []), *(["Full view, change"] if before else [])]
-    return numeric_table(heads, rows)
+    return Table(heads, rows)

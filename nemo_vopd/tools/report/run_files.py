@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from nemo_vopd.tools.report.examples_file import Examples, read_examples
-from nemo_vopd.tools.report.svg import NAN, as_float
+from nemo_vopd.tools.report.numbers import NAN, as_float
 
 FILES = (
     "summary.json", "status.json", "metrics.jsonl", "evaluations.jsonl", "dropped.jsonl", "warmup.jsonl",

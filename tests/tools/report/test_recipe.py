@@ -79,7 +79,7 @@ def test_two_runs_and_results_with_output_elsewhere(trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     text = output.read_text()
-    assert "it&#x27;s a=baseline, [1]" in text and "V* Bench" in text and "+10.0" in text
+    assert "it&#39;s a=baseline, [1]" in text and "V* Bench" in text and "+10.0" in text
     assert not (other / "report.html").exists()
 
 
