@@ -8,7 +8,7 @@ import pytest
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.options import Bounds, bounded_options, check_bounds
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.validation import validate
 from recipes.generate import GenerateConfig
 from recipes.launch import LaunchConfig

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import recipes.evaluate  # noqa: F401  registers the options
 from nemo_vopd.cli import CONF
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text, read_benchmark
+from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
+from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text
 from nemo_vopd.tools.evaluation.evaluate import evaluate
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.validation import from_hydra
 from tests.distributed import run_recipe
 from tests.tools.evaluation.published import (
@@ -191,7 +192,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path, server, reques
 
 
 def test_tsv_images_that_point_to_an_earlier_row(tmp_path):
-    from nemo_vopd.tools.evaluation.rows import read_rows
+    from nemo_vopd.tools.evaluation.benchmark_files import read_rows
     from tests.tools.evaluation.published import base64_png
 
     images = [base64_png(0), "10", base64_png(2), "10", "30"]
