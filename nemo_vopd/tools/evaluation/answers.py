@@ -1,17 +1,23 @@
-"""Replies to questions and the file that keeps them, one JSON object a line.
+"""Questions to a model, its replies to the answers file: in batches, each question once, in the order of the data.
 
-The file holds every reply with what is needed to grade it: from it an interrupted evaluation goes on, scores are
-computed anew without a model, and two models are compared question by question.
+The answers file holds every reply with what is needed to grade it, one JSON object a line. From it an interrupted
+evaluation goes on, scores are computed anew without a model, and two models are compared question by question.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from tqdm import tqdm
+
 from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
 from nemo_vopd.tools.evaluation.questions import Question
 
 
@@ -20,6 +26,12 @@ class NotAnswered:
     """In place of a reply: why the question could not be put to the model."""
 
     reason: str
+
+
+Asked = tuple[Question, str]
+"""A question and the view that it is about; its image is decoded when it is its turn."""
+Model = Callable[[list[Asked]], Iterable[str | NotAnswered]]
+"""Gives a reply to each question, in order, as they come."""
 
 
 @dataclass
@@ -106,3 +118,70 @@ def _read(path: Path, option: str) -> tuple[dict[str, Any], dict[tuple[str, str]
 def complete_lines(path: Path) -> list[str]:
     """The lines of a file, less one that the end of a process cut off."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would cut at U+2028 in a reply
+
+
+def ask(
+    questions: Iterable[Question],
+    model: Model,
+    group: dist.ProcessGroup | None,
+    file: AnswersFile | None,
+    *,
+    views: list[str],
+    batch_size: int,
+    unusable: list[str],
+    title: str,
+) -> list[Answer]:
+    """Ask `model` every question about each of its `views`; returns the answers, on every rank of `group`.
+
+    The ranks share the questions; without a group this process asks alone. `file`, on rank 0, has what was answered
+    before and gets what is new: as it comes where one process asks, else after each batch of `batch_size` questions a
+    rank. What cannot be shown goes to `unusable`.
+    """
+    rank, num_ranks, collects = 0, 1, parallel.is_rank_zero()
+    box = [dict(file.answers) if file is not None else {}]
+    if group is not None:
+        rank, num_ranks = group.rank(), group.size()
+        dist.broadcast_object_list(box, src=0)
+    before, answers = box[0], {}
+    num_before, stream = 0, iter(questions)
+    with tqdm(desc=title, unit=" questions", disable=not collects) as bar:
+        while True:
+            mine: list[Asked] = []
+            num_read = num_open = 0
+            for question in islice(stream, batch_size * num_ranks):
+                num_read += 1
+                kept = {v: again for v in views if (again := _known(before.get((question.id, v)), question))}
+                answers |= {(question.id, view): answer for view, answer in kept.items()}
+                num_before += len(kept)
+                if missing := [view for view in question.views if view in views and view not in kept]:
+                    if num_open % num_ranks == rank:  # the others' images are forgotten at once
+                        mine += [(question, view) for view in missing]
+                    num_open += 1
+            if not num_read:
+                break
+            news = map(_answer, mine, model(mine)) if num_open else ()
+            for new in news if group is None else parallel.gather_all(list(news), group):
+                if isinstance(new, NotAnswered):
+                    unusable.append(new.reason)
+                    continue
+                answers[new.id, new.view] = new
+                if file is not None:
+                    file.write(new)
+            bar.update(num_read)
+    if num_before and collects:
+        print(f"{title}: {num_before} answers were there already", flush=True)
+    return list(answers.values())
+
+
+def _known(answer: Answer | None, question: Question) -> Answer | None:
+    """An earlier `answer` to the same question about the same image, with the key that `question` has now."""
+    if answer is None or answer.question != question.prompt or answer.cluster != question.cluster():
+        return None
+    return Answer.of(question, answer.view, answer.reply, answer.evidence)
+
+
+def _answer(asked: Asked, reply: str | NotAnswered) -> Answer | NotAnswered:
+    question, view = asked
+    if isinstance(reply, NotAnswered):
+        return NotAnswered(f"{question.id}, {view} view: {reply.reason}")
+    return Answer.of(question, view, reply, question.evidence_size())

@@ -9,14 +9,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import batched
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_vopd.config import DataConfig
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.http import JSONClient, RequestFailed
-from nemo_vopd.tools.evaluation.answers import Answer, NotAnswered, complete_lines
+from nemo_vopd.tools.evaluation.answers import Answer, Asked, Model, NotAnswered, complete_lines
 from nemo_vopd.tools.evaluation.evaluate_options import EndpointConfig, JudgeConfig
 from nemo_vopd.tools.evaluation.extraction import final_answer
 from nemo_vopd.views import UnusableSample
@@ -105,6 +107,16 @@ class Endpoint:
         return reply.encode("utf-8", "replace").decode()  # half a surrogate pair can be sent, but not written
 
 
+def served_model(endpoint: Endpoint, data: DataConfig, max_response_length: int) -> Model:
+    """The model behind `endpoint`, which resizes images itself. Raises RunError when asked in vain."""
+
+    def reply(asked: list[Asked]) -> Iterator[str | NotAnswered]:
+        requests = [(question.prompt, partial(question.file, view, data)) for question, view in asked]
+        return endpoint.ask_all(requests, max_response_length)
+
+    return reply
+
+
 class Judge:
     """A language model that decides where rules cannot whether a reply says the same as the answer.
 
@@ -127,19 +139,18 @@ class Judge:
     def __call__(self, answers: Sequence[Answer]) -> list[bool | None]:
         """Whether each of `answers` is right; None where the judge says neither. Raises RunError when it fails."""
         questions = [_question(answer) for answer in answers]
-        keys = [
-            hashlib.sha256(f"{self.endpoint.options.model}\n{question}".encode()).hexdigest() for question in questions
-        ]
-        asked = zip(keys, questions, answers, strict=True)
-        todo = {key: (question, answer) for key, question, answer in asked if key not in self.verdicts}
+        todo = {q: answer for q, answer in zip(questions, answers, strict=True) if self._key(q) not in self.verdicts}
         with tqdm(total=len(todo), desc="judge", unit=" replies", disable=not todo) as bar:
             for some in batched(todo.items(), _JUDGED_AT_ONCE):
-                replies = self.endpoint.ask_all([(question, None) for _, (question, _) in some], self.max_tokens)
-                for (key, (_, answer)), reply in zip(some, replies, strict=True):
+                replies = self.endpoint.ask_all([(question, None) for question, _ in some], self.max_tokens)
+                for (question, answer), reply in zip(some, replies, strict=True):
                     if (right := read_verdict(reply if isinstance(reply, str) else "")) is not None:
-                        self._keep(key, answer, right)
+                        self._keep(self._key(question), answer, right)
                     bar.update()
-        return [self.verdicts.get(key) for key in keys]
+        return [self.verdicts.get(self._key(question)) for question in questions]
+
+    def _key(self, question: str) -> str:
+        return hashlib.sha256(f"{self.endpoint.options.model}\n{question}".encode()).hexdigest()
 
     def _keep(self, key: str, answer: Answer, right: bool) -> None:
         self.verdicts[key] = right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,25 +14,28 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_vopd.batch import View
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.answers import AnswersFile, read_answers
-from nemo_vopd.tools.evaluation.asking import Model, ask, native_model, served_model, weights_fingerprint
+from nemo_vopd.tools.evaluation.answers import AnswersFile, Asked, Model, NotAnswered, ask, read_answers
 from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
 from nemo_vopd.tools.evaluation.benchmarks import Benchmark, find_benchmark
-from nemo_vopd.tools.evaluation.chat_server import Endpoint, Judge
+from nemo_vopd.tools.evaluation.chat_server import Endpoint, Judge, served_model
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
+from nemo_vopd.tools.evaluation.gap import greedy
 from nemo_vopd.tools.evaluation.questions import Question, stored_questions
 from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
+from nemo_vopd.views import UnusableSample
 from nemo_vopd.vlm.build import build_vlm
 
 GAP = Benchmark("gap", "Full and crop view", "", None)
 """The user's own Energon data set."""
 NUM_SHOWN = 3
+_NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
@@ -127,11 +131,45 @@ def _model(config: EvaluateConfig) -> tuple[Model, dist.ProcessGroup | None]:
         groups = parallel.initialize(config.parallel, seed=config.seed)
         processor = Processor.from_pretrained(config.model.hf_path)
         decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
-        return native_model(decoder, processor, data, length), groups.dp_cp
+        return _native_model(decoder, processor, data, length), groups.dp_cp
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rule = "a server is asked by one process"
         raise OptionError("engine", config.engine, rule, "start it without torchrun")
     return served_model(Endpoint(config.server, "server"), data, length), None
+
+
+def _native_model(decoder: Decoder, processor: Processor, data: DataConfig, max_response_length: int) -> Model:
+    """The model of `decoder`; images are resized as in training, by data.full and data.crop_pixels."""
+    params = greedy(processor, max_response_length)
+    pixels = {"full": data.full, "crop": data.crop_pixels}
+
+    def reply(asked: list[Asked]) -> list[str | NotAnswered]:
+        replies: dict[int, str | NotAnswered] = {}
+        views: dict[int, View] = {}
+        for place, (question, view) in enumerate(asked):
+            try:
+                views[place] = processor.view([question.image(view, data)], question.prompt, [pixels[view]])
+            except UnusableSample as unusable:
+                replies[place] = NotAnswered(str(unusable))
+        names = [f"{question.id}/{view}" for question, view in map(asked.__getitem__, views)]
+        for place, responses in zip(views, decoder(list(views.values()), names, params), strict=True):
+            replies[place] = processor.decode(responses[0][0])
+        return [replies[place] for place in range(len(asked))]
+
+    return reply
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of the sizes of the weight files in `folder` and of some blocks of each: an export there changes it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for part in range(_NUM_BLOCKS):
+                stream.seek(max(0, size - _BLOCK_BYTES) * part // (_NUM_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

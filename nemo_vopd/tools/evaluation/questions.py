@@ -113,18 +113,17 @@ def parse_options(text: str) -> dict[str, str]:
     The last list counts: a question may mention a letter before.
     """
     markers = [(m.group(1).upper(), m.start(), m.end()) for m in _MARKER.finditer(text)]
-    best: list[tuple[str, int, int]] = []
+    best, best_rank = [], (2, False)
     for first, (letter, start, _) in enumerate(markers):
-        if letter != "A":
-            continue
-        run = []
-        for marker in markers[first:]:
-            if marker[0] == _LETTERS[len(run) : len(run) + 1]:
-                run.append(marker)
-        # of equally long lists one that begins a line, and of those the last
-        rank = (len(run), text[:start].rstrip(" ")[-1:] in ("", "\n"))
-        if len(run) > 1 and (not best or rank >= (len(best), text[: best[0][1]].rstrip(" ")[-1:] in ("", "\n"))):
-            best = run
+        if letter == "A":
+            run: list[tuple[str, int, int]] = []
+            for marker in markers[first:]:
+                if marker[0] == _LETTERS[len(run) : len(run) + 1]:
+                    run.append(marker)
+            # of equally long lists one that begins a line, and of those the last
+            rank = (len(run), text[:start].rstrip(" ")[-1:] in ("", "\n"))
+            if rank >= best_rank:
+                best, best_rank = run, rank
     options = {}
     for i, (letter, _, start) in enumerate(best):
         # the last option ends with its line: what follows tells how to answer

@@ -23,9 +23,8 @@ from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import parse_meta
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, read_answers
-from nemo_vopd.tools.evaluation.asking import weights_fingerprint
 from nemo_vopd.tools.evaluation.chat_server import read_verdict
-from nemo_vopd.tools.evaluation.evaluate import evaluate
+from nemo_vopd.tools.evaluation.evaluate import evaluate, weights_fingerprint
 from nemo_vopd.tools.evaluation.evaluate_options import check
 from nemo_vopd.tools.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.tools.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
