@@ -117,7 +117,7 @@ def served_model(endpoint: Endpoint, data: DataConfig, max_response_length: int)
     return reply
 
 
-class Judge:
+class Judge(Endpoint):
     """A language model that decides where rules cannot whether a reply says the same as the answer.
 
     It is asked about each pair of answer and reply once; verdicts are kept in `path` for the next time.
@@ -125,7 +125,8 @@ class Judge:
 
     def __init__(self, options: JudgeConfig, path: Path | None) -> None:
         """Raises OptionError: judge.url or judge.model is missing, or `path` is no file of verdicts (output)."""
-        self.endpoint, self.path, self.max_tokens = Endpoint(options, "judge"), path, options.max_tokens
+        super().__init__(options, "judge")
+        self.path, self.max_tokens = path, options.max_tokens
         self.verdicts: dict[str, bool] = {}
         if path is None or not path.exists():
             return
@@ -142,7 +143,7 @@ class Judge:
         todo = {q: answer for q, answer in zip(questions, answers, strict=True) if self._key(q) not in self.verdicts}
         with tqdm(total=len(todo), desc="judge", unit=" replies", disable=not todo) as bar:
             for some in batched(todo.items(), _JUDGED_AT_ONCE):
-                replies = self.endpoint.ask_all([(question, None) for question, _ in some], self.max_tokens)
+                replies = self.ask_all([(question, None) for question, _ in some], self.max_tokens)
                 for (question, answer), reply in zip(some, replies, strict=True):
                     if (right := read_verdict(reply if isinstance(reply, str) else "")) is not None:
                         self._keep(self._key(question), answer, right)
@@ -150,7 +151,7 @@ class Judge:
         return [self.verdicts.get(self._key(question)) for question in questions]
 
     def _key(self, question: str) -> str:
-        return hashlib.sha256(f"{self.endpoint.options.model}\n{question}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.options.model}\n{question}".encode()).hexdigest()
 
     def _keep(self, key: str, answer: Answer, right: bool) -> None:
         self.verdicts[key] = right

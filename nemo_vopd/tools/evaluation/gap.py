@@ -77,8 +77,11 @@ def measure_gap(
     stream = iterate_samples(path, data, "crop", processor, limit, dp_rank=group.rank(), dp_size=group.size())
     mine: list[tuple[int, Reply | str]] = []
     for some in _batches(stream):
-        replies = _answer(decoder, processor, list(some.values()), params)
-        mine += [(place * group.size() + group.rank(), reply) for place, reply in zip(some, replies, strict=True)]
+        names, texts = [sample.id for sample in some.values()], []
+        for views in ([sample.student for sample in some.values()], [sample.teacher for sample in some.values()]):
+            texts.append([processor.decode(responses[0][0]) for responses in decoder(views, names, params)])
+        for (place, sample), full, crop in zip(some.items(), *texts, strict=True):
+            mine.append((place * group.size() + group.rank(), _graded(sample, full, crop)))
     found = dict(parallel.gather_all(mine, group))
     remedy, replies = "evaluate on a data set with answers", []
     for reply in (found[place] for place in sorted(found)):
@@ -115,17 +118,10 @@ def greedy(processor: Processor, max_response_length: int) -> SamplingParams:
     )
 
 
-def _answer(
-    decoder: Decoder, processor: Processor, samples: list[Sample], params: SamplingParams
-) -> Iterator[Reply | str]:
-    """The reply to each sample; the id of one without an answer."""
-    names, texts = [sample.id for sample in samples], []
-    for views in ([sample.student for sample in samples], [sample.teacher for sample in samples]):
-        texts.append([processor.decode(responses[0][0]) for responses in decoder(views, names, params)])
-    for sample, full, crop in zip(samples, *texts, strict=True):
-        if sample.answer is None:
-            yield sample.id
-            continue
-        kind, answer, options = classify(sample.question, sample.answer)
-        right = [bool(grade(text, answer, kind, options)) for text in (full, crop)]
-        yield Reply(sample.id, full, crop, *right)
+def _graded(sample: Sample, full: str, crop: str) -> Reply | str:
+    """The replies to a sample; its id where it has no answer to compare with."""
+    if sample.answer is None:
+        return sample.id
+    kind, answer, options = classify(sample.question, sample.answer)
+    full_correct, crop_correct = (bool(grade(text, answer, kind, options)) for text in (full, crop))
+    return Reply(sample.id, full, crop, full_correct, crop_correct)

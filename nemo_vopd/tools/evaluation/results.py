@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,9 @@ def by_evidence_size(full: list[Answer], crop: list[Answer], grades: Grades) -> 
     if num_bins < 2:
         return []
     edges = np.quantile([size for size, _ in known], np.arange(1, num_bins) / num_bins)
-    groups: dict[int, list[tuple[float, str]]] = {}
-    for size, name in known:
-        groups.setdefault(int(np.searchsorted(edges, size, side="left")), []).append((size, name))
     bins = []
-    for part in groups.values():
+    for _, group in groupby(known, lambda pair: int(np.searchsorted(edges, pair[0], side="left"))):
+        part = list(group)
         row: dict[str, Any] = {"low": part[0][0], "high": part[-1][0], "num_samples": len(part)}
         for view in VIEWS:
             right = sum(bool(grades[name, view]) for _, name in part)

@@ -62,7 +62,6 @@ class Timing:
     """Operations and seconds of one step."""
 
     def __init__(self, case: Case) -> None:
-        """Follow the phases of a step."""
         config, hf, model, work, assume = case.config, case.hf, case.model, case.work, case.config.assume
         megatron = model.megatron
         peak = case.gpu.flops["bf16" if megatron.bf16 else "fp32"]
