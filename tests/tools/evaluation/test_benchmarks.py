@@ -170,6 +170,11 @@ def test_a_wrong_column_set_says_which_column_is_missing(tmp_path, published):
     tsv(tmp_path / "empty" / "MMVP.tsv", index=[], image=[], question=[], A=[], B=[], answer=[])
     with pytest.raises(OptionError, match="holds no usable question of MMVP"):
         evaluate(served("http://localhost:9/v1", "benchmark=mmvp", f"data.path={tmp_path / 'empty'}"))
+    shutil.copytree(published["visualprobe", "json"], tmp_path / "probe")
+    for records, column in (([{"images": ["a.png"], "problem": "?"}], "solution"), ([], "images")):
+        (tmp_path / "probe" / "VisualProbe_Hard" / "val.json").write_text(json.dumps(records))
+        with pytest.raises(OptionError, match=f"VisualProbe_Hard/val.json: has no column '{column}'"):
+            evaluate(served("http://localhost:9/v1", "benchmark=visualprobe", f"data.path={tmp_path / 'probe'}"))
     cut = tmp_path / "cut" / "mmstar.parquet"
     cut.parent.mkdir()
     cut.write_bytes((published["mmstar", "parquet"] / "mmstar.parquet").read_bytes()[:-100])

@@ -257,8 +257,11 @@ def test_the_command_line():
         ("--config-name", "train_72b", "gpus=4"),
         ("--config-name", "train_72b", "gpu=h1"),
         ("--config-name", "train_72b", "gpus_per_node=many", "--json"),
+        ("--config-name", "train_72b", "assume.efficiency=1.5"),
     ]
-    h200, one_node, unknown, wrong_gpu, wrong_type = (run_recipe("recipes/plan.py", *line) for line in commands)
+    h200, one_node, unknown, wrong_gpu, wrong_type, unlikely = (
+        run_recipe("recipes/plan.py", *line) for line in commands
+    )
     assert h200.returncode == 0, h200.stderr[-3000:]
     plan = json.loads(h200.stdout)
     keys = "parameters stages gpu world_size layout batch flops step_seconds gpu_hours assumptions fits remedy".split()
@@ -272,5 +275,6 @@ def test_the_command_line():
         (unknown, "gpus=4: no such option"),
         (wrong_gpu, "gpu=h1: must be one of"),
         (wrong_type, "many"),
+        (unlikely, "assume.efficiency=1.5: must lie in (0, 1]; set it to 0.35"),
     ):
         assert done.returncode == 2 and what in done.stderr and not done.stdout, done.stderr[-2000:]
