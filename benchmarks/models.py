@@ -18,7 +18,7 @@ from nemo_vopd.config import Config, PrecisionConfig
 from nemo_vopd.mcore import cpu, fp8
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.tools.planning.compute import forward_cost
-from nemo_vopd.tools.planning.count import ModelCount, count_stage
+from nemo_vopd.tools.planning.count import count_stage
 from nemo_vopd.tools.planning.workload import Packed, patch_width
 from nemo_vopd.vlm.build import build_stage
 
@@ -75,9 +75,7 @@ def num_parameters(sizes: Architecture) -> int:
 
 def operations(stage: Stage, packed: Packed) -> float:
     """Of a forward pass, without the head: 2 for each weight and token, attention's and the vision tower's added."""
-    count = count_stage(stage, data_parallel=1)
-    model = ModelCount(count.num_text, count.num_vision, [count], stage.config, 1)
-    return forward_cost(stage.chunks[0].hf, model, count, packed).total
+    return forward_cost(stage.chunks[0].hf, stage.config, count_stage(stage, data_parallel=1), packed).total
 
 
 def text(num_sequences: int, num_tokens: int) -> Packed:

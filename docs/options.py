@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_vopd.options import bounded_options
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 
 DOCUMENT = Path(__file__).with_name("troubleshooting.md")
 FIRST, LAST = "| `OPTION=???: has no default`", "| `data.full.min_pixels=N: must lie between"

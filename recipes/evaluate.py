@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.tools.evaluation.options import EvaluateConfig, check
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig, check
 from nemo_vopd.validation import from_hydra
 
 ConfigStore.instance().store(name="nemo_vopd_evaluate", node=EvaluateConfig)

@@ -9,7 +9,6 @@ Exit code 1 when it does not fit or sizes do not divide, with one line that says
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -19,23 +18,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.tools.planning.assumptions import Assumptions, check_assumptions, gpu_named
+from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.validation import from_hydra
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that happens to be here must not be asked for the model's memory
-
-
-@dataclasses.dataclass
-class PlanConfig(Config):
-    """A run's configuration and the machine it is planned for."""
-
-    gpu: str = "h100"
-    """h100 | h200 | a100, with 80, 141 and 80 GB"""
-    gpus_per_node: int = 8
-    assume: Assumptions = dataclasses.field(default_factory=Assumptions)
-
 
 # the schema every training configuration begins with: so each of them takes these options as its own
 ConfigStore.instance().store(name="nemo_vopd", node=PlanConfig)
@@ -44,32 +31,24 @@ ConfigStore.instance().store(name="nemo_vopd", node=PlanConfig)
 def main(cfg: DictConfig, as_json: bool) -> None:
     """Plan, print, and raise RunError with the remedy when the run cannot work."""
     config = from_hydra(cfg, PlanConfig)
-    gpu = gpu_named(config.gpu)
-    check_assumptions(config.assume, config.gpus_per_node)
     # libraries may print while they are imported; standard output is for the plan
     with contextlib.redirect_stdout(sys.stderr):
-        from nemo_vopd.tools.planning.plan import (
-            divide_remedy,
-            make_plan,  # Megatron takes seconds to import: mistakes are told first
-            remedy_for,
-        )
-        from nemo_vopd.tools.planning.text import plan_json, plan_text, refusal_json
+        # Megatron takes seconds to import: mistakes are told first
+        from nemo_vopd.tools.planning.plan import Plan, divide_remedy, plan_json, plan_text, refusal_json, remedy_for
 
         if config.model.architecture is None:  # the tiny run's model is made on first use
             from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
 
             ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
-        per_node, assume = config.gpus_per_node, config.assume
         try:
-            plan = make_plan(config, gpu, per_node, assume)
-            remedy = None if plan.fits else remedy_for(plan, per_node)
+            plan = Plan(config)
+            remedy = None if plan.fits else remedy_for(plan)
             text = json.dumps(plan_json(plan, remedy), indent=1) if as_json else plan_text(plan)
         except OptionError as error:
             if not error.option.startswith(("parallel.", "data.batch_size", "num_nodes", "model.freeze")):
                 raise
-            remedy = divide_remedy(error, config, gpu, per_node, assume)
-            refused = refusal_json(config, gpu, config.num_nodes * per_node, assume, remedy)
-            text = json.dumps(refused, indent=1) if as_json else ""
+            remedy = divide_remedy(error, config)
+            text = json.dumps(refusal_json(config, remedy), indent=1) if as_json else ""
     if text:
         print(text, flush=True)
     if remedy is not None:

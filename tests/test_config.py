@@ -8,7 +8,8 @@ import pytest
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.options import Bounds, bounded_options, check_bounds
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
+from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.validation import validate
 from recipes.generate import GenerateConfig
 from recipes.launch import LaunchConfig
@@ -34,7 +35,7 @@ def outside(bounds: Bounds) -> list[Any]:
 
 
 def test_defaults_lie_within_their_bounds():
-    for schema in (EvaluateConfig, GenerateConfig, LaunchConfig, PrepareConfig, QuickstartConfig):
+    for schema in (EvaluateConfig, GenerateConfig, LaunchConfig, PlanConfig, PrepareConfig, QuickstartConfig):
         assert list(bounded_options(schema()))
         check_bounds(schema())
     validate(Config())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from recipes.prepare_data import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging as nemo_logging
 
 from nemo_vopd.config import Config, DataConfig
+from nemo_vopd.data.processor import Processor
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.during_training import GapDuringTraining
-from nemo_vopd.tools.evaluation.gap import Gap, evaluate_directory
+from nemo_vopd.tools.evaluation.gap import Gap, measure_gap
 from nemo_vopd.tools.report.examples import NUM_EXAMPLES, make_examples, make_traces, read_questions
 from nemo_vopd.tools.report.examples_file import Examples, write_examples
 from nemo_vopd.tools.report.header import gap_figure_svg
@@ -50,7 +52,10 @@ def warm_up_base(config, groups: ProcessGroupCollection, root: Path) -> None:
 
 def measure(config: Config, groups: ProcessGroupCollection, hf_path: Path, data_path: Path) -> Gap:
     """Greedy accuracy of the model in `hf_path` on both views of `data_path`."""
-    return evaluate_directory(_pointed_at(config, hf_path, data_path), groups)
+    run = _pointed_at(config, hf_path, data_path)
+    decoder = Decoder(build_vlm(run, groups), groups, run.rollout.max_batch_tokens)
+    processor, length = Processor.from_pretrained(run.model.hf_path), run.rollout.max_response_length
+    return measure_gap(decoder, processor, run.data.path, run.data, groups, length)
 
 
 def distill(config: Config, root: Path) -> VisionOPDModel:

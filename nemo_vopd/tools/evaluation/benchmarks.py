@@ -1,213 +1,84 @@
-"""The public benchmarks of fine-grained vision, read from local copies of their published files.
+"""The public benchmarks of fine-grained vision: where they are published, and how their rows become questions.
 
-Nothing is downloaded. How a row becomes a question: nemo_vopd/tools/evaluation/benchmark_rows.py.
+Prompts are those of the authors' evaluation (VisionOPD/Vision-OPD, eval/prepare_data.py) and, for MME-RealWorld, of its
+own paper. Nothing is downloaded: nemo_vopd/tools/evaluation/benchmark_files.py reads local copies.
 """
 
 from __future__ import annotations
 
+import ast
+import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation import benchmark_rows as rows
-from nemo_vopd.tools.evaluation.questions import Question, told_apart
-from nemo_vopd.tools.evaluation.rows import check_columns, columns_of, read_rows
+from nemo_vopd.tools.evaluation.questions import OPTION, TEXT, YES_NO, Question, option_letter, parse_options
+
+Row = dict[str, Any]
+
+LETTER_PROMPT = "\nAnswer with the option's letter from the given choices directly."
+WORD_PROMPT = "\nAnswer the question using a single word or phrase."
+REALWORLD_PROMPTS = {
+    "en": (
+        " The choices are listed below:\n",
+        "\nSelect the best answer to the above multiple-choice question based on the image. Respond with only the "
+        "letter (A, B, C, D, or E) of the correct option.\nThe best answer is: ",
+    ),
+    "cn": (
+        " 选项如下所示:\n",
+        "\n根据图像选择上述多项选择题的最佳答案。只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： ",
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One published form of a benchmark."""
 
+    benchmark: str
     patterns: tuple[str, ...]
     """Files below the folder of the benchmark; those of the first pattern that finds any are read."""
     columns: tuple[str, ...]
-    question: Callable[[rows.Row, Path], Question]
-    """Builds the question of a row of the given file. Raises ValueError for a row that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How answers become numbers."""
-
-    mean_of: str = "questions"
-    """questions: the headline is the accuracy over all of them; categories: the mean of the categories' accuracies."""
-    pairs: bool = False
-    """Whether questions 2k-1 and 2k are a pair, so that the share of right pairs is reported too."""
+    question: Callable[[Row, Path], Question]
+    """Builds the question of a row of the given file. Raises ValueError with a reason for a row that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark and where it comes from."""
+    """A benchmark, where it comes from and how answers become its numbers."""
 
     name: str
     title: str
     published: str
     """Hugging Face data sets, and VLMEvalKit's TSV file."""
-    sources: tuple[Source, ...]
     num_questions: int | None
     """Number of questions of the whole published set, where it is known."""
-    scoring: Scoring = Scoring()
+    by_category: bool = False
+    """Whether the headline is the mean of the categories' accuracies, not the accuracy over all questions."""
+    pairs: bool = False
+    """Whether questions 2k-1 and 2k are a pair, so that the share of right pairs is reported too."""
 
-
-def _source(patterns: str, columns: str, question: Callable[[rows.Row, Path], Question]) -> Source:
-    return Source(tuple(patterns.split()), tuple(columns.split(", ")), question)
-
-
-def _benchmark(name: str, title: str, published: str, num_questions: int | None, *sources: Source, **scoring: Any):
-    return Benchmark(name, title, published, sources, num_questions, Scoring(**scoring))
-
-
-def _hr_bench(size: str) -> Benchmark:
-    patterns = f"hr_bench_{size}.parquet hrbench_{size}*.parquet *{size}*.parquet *{size}*.tsv"
-    source = _source(patterns, "index, question, answer, A, B, C, D, category, image", rows.hrbench)
-    return Benchmark(f"hrbench-{size}", f"HR-Bench {size.upper()}", "DreamMr/HR-Bench", (source,), 800)
-
-
-def _realworld(ending: str, published: str, language: str = "en", num_questions: int | None = None) -> Benchmark:
-    columns, question = "index, question, multi-choice options, answer, category", rows.realworld(language)
-    parquet = _source("data/*.parquet *.parquet", f"{columns}, bytes", question)
-    sources = parquet, _source("*.tsv", f"{columns}, image", question)
-    name = f"MME-RealWorld{ending}"
-    return Benchmark(name.lower(), name, f"yifanzhang114/{published}", sources, num_questions)
-
-
-_KIT = "VLMEvalKit's"
-_ALL = (
-    _benchmark(
-        "vstar",
-        "V*",
-        f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv",
-        191,
-        _source("data/test-*.parquet *.parquet", "image, text, label, question_id, category", rows.vstar),
-        _source("*.tsv", "index, image, question, A, B, answer, category", rows.vstar_tsv),
-    ),
-    _benchmark(
-        "zoombench",
-        "ZoomBench",
-        "inclusionAI/ZoomBench",
-        845,
-        _source("data/test*.parquet *.parquet", "id, query, response, image, crop_image", rows.zoombench),
-    ),
-    _hr_bench("4k"),
-    _hr_bench("8k"),
-    _realworld("", f"MME-RealWorld-Lmms-eval; {_KIT} MME-RealWorld.tsv"),
-    _realworld("-CN", f"MME-RealWorld-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", "cn"),
-    _realworld("-Lite", f"MME-RealWorld-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv", num_questions=1919),
-    _benchmark(
-        "visualprobe",
-        "VisualProbe",
-        "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side",
-        515,
-        _source("VisualProbe_*/val.json val.json", "images, problem, solution", rows.visualprobe),
-        mean_of="categories",
-    ),
-    _benchmark(
-        "mmvp",
-        "MMVP",
-        f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv",
-        300,
-        _source("Questions.csv", "Index, Question, Options, Correct Answer", rows.mmvp),
-        _source("data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", rows.mmvp),
-        _source("data/*.parquet *.parquet", "index, question, options, answer, image", rows.mmvp),
-        _source("*.tsv", "index, image, question, A, B, answer", rows.mmvp_tsv),
-        pairs=True,
-    ),
-    _benchmark(
-        "cv-bench",
-        "CV-Bench",
-        f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv",
-        2638,
-        _source("test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", rows.cv_bench),
-        _source("CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", rows.cv_bench),
-        mean_of="categories",
-    ),
-    _benchmark(
-        "mmstar",
-        "MMStar",
-        f"Lin-Chen/MMStar; {_KIT} MMStar.tsv",
-        1500,
-        _source("mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", rows.mmstar),
-    ),
-    _benchmark(
-        "pope",
-        "POPE",
-        f"lmms-lab/POPE; {_KIT} POPE.tsv",
-        9000,
-        _source(
-            "data/test-*.parquet Full/*.parquet *.parquet", "question_id, question, answer, image, category", rows.pope
-        ),
-        _source("*.tsv", "index, image, question, answer, category", rows.pope),
-    ),
-)
-BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+    @property
+    def sources(self) -> list[Source]:
+        """The forms it is published in; the first one that is there is read."""
+        return [source for source in _SOURCES if source.benchmark == self.name]
 
 
 def find_benchmark(name: object) -> Benchmark:
     """The benchmark called `name`, however it is spelled (vstar, V*, hr_bench_4k). Raises OptionError (benchmark)."""
     aliases = {"vstarbench": "vstar", "vbench": "vstar", "mmerealworlden": "mmerealworld"}
-    wanted = aliases.get(_plain(str(name)), _plain(str(name)))
+    wanted = aliases.get(plain_name(str(name)), plain_name(str(name)))
     for benchmark in BENCHMARKS.values():
-        if wanted in (_plain(benchmark.name), _plain(benchmark.title)):
+        if wanted in (plain_name(benchmark.name), plain_name(benchmark.title)):
             return benchmark
     raise OptionError("benchmark", name, "is unknown", f"choose from {', '.join(BENCHMARKS)}")
 
 
-def read_benchmark(benchmark: Benchmark, path: Path, unusable: list[str]) -> Iterator[Question]:
-    """The questions of `benchmark` in the order of its files, below `path` or in its folder there.
-
-    A row that cannot be used is left out, and why goes to `unusable`. Raises OptionError (data.path) when there is no
-    such file, a column is missing or no row can be used.
-    """
-    source, files = _files(benchmark, path)
-    seen: dict[str, int] = {}
-    for file in files:
-        for number, row in enumerate(read_rows(file, source.columns), start=1):
-            try:
-                question = source.question(row, file)
-            except (ValueError, OSError) as error:
-                unusable.append(f"{file.name}, row {number}: {error}")
-                continue
-            question.id = told_apart(question.id, seen)
-            yield question
-    if not seen:
-        first = f" ({unusable[0]})" if unusable else ""
-        raise OptionError("data.path", path, f"holds no usable question of {benchmark.title}{first}", "copy it again")
-
-
-def _files(benchmark: Benchmark, path: Path) -> tuple[Source, list[Path]]:
-    """The published form that is there, and its files."""
-    if not path.exists():
-        raise OptionError("data.path", path, "does not exist", f"give a copy of {benchmark.published}")
-    found = [(source, files) for source in benchmark.sources if (files := _matching(benchmark, source, path))]
-    if not found:
-        wanted = " or ".join(source.patterns[0] for source in benchmark.sources)
-        rule = f"holds no file of {benchmark.title} ({wanted})"
-        raise OptionError("data.path", path, rule, f"copy {benchmark.published} there")
-    for source, files in found:
-        if set(source.columns) <= set(columns_of(files[0])):
-            return source, files
-    source, files = found[0]
-    check_columns(columns_of(files[0]), source.columns, files[0], "data.path")
-    raise AssertionError
-
-
-def _matching(benchmark: Benchmark, source: Source, path: Path) -> list[Path]:
-    if path.is_file():
-        return [path] if any(Path(p).suffix == path.suffix.lower() for p in source.patterns) else []
-    names = {_plain(benchmark.name), *map(_plain, re.findall(r"[\w-]+/([\w-]+)", benchmark.published))}
-    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _plain(folder.name) in names]
-    searches = [path.glob, *(search for folder in inner for search in (folder.glob, folder.rglob)), path.rglob]
-    for search in searches:
-        for pattern in source.patterns:
-            if files := sorted(search(pattern)):
-                return files
-    return []
-
-
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """`name` in letters and digits alone, which spellings share."""
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("*", "star"))
 
 
@@ -218,3 +89,198 @@ def help_text() -> str:
         lines.append(f"{b.name:19} {b.published}")
         lines += [f"{'':21}{Path(s.patterns[0]).name}: {', '.join(s.columns)}" for s in b.sources]
     return "\n".join(lines)
+
+
+def _text(row: Row, *names: str) -> str:
+    return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
+
+
+def _options(row: Row) -> dict[str, str]:
+    return {letter: str(row[letter]).strip() for letter in "ABCDEF" if str(row.get(letter) or "").strip()}
+
+
+def _listed(options: dict[str, str]) -> str:
+    return "\n".join(f"({letter}) {text}" for letter, text in options.items())
+
+
+def _image_file(cell: object) -> bytes | None:
+    """The image file in a cell: a {"bytes": ...} struct (Hugging Face), plain bytes, or base64 text; else None."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes")
+    if isinstance(cell, str):
+        try:
+            cell = base64.b64decode(cell.split(",", 1)[1] if cell.startswith("data:") else cell, validate=True)
+        except ValueError:
+            return None
+    return bytes(cell) if isinstance(cell, bytes | bytearray) and cell else None
+
+
+def _image(cell: object) -> bytes:
+    if (image := _image_file(cell)) is None:
+        raise ValueError("has no image")
+    return image
+
+
+def _choice(row: Row, prompt: str, options: dict[str, str], **other: Any) -> Question:
+    """A question with options, from the columns index, answer and image unless `other` has id, answer or full."""
+    known: Any = {"id": _text(row, "index"), "answer": row.get("answer"), "full": row.get("image")} | other
+    known["full"] = _image(known["full"])
+    letter, options = option_letter(known["answer"]), options or dict.fromkeys("ABCDE", "")
+    if letter not in options:
+        raise ValueError(f"has the answer {known['answer']!r}, which is none of its options {', '.join(options)}")
+    return Question(prompt=prompt, kind=OPTION, options=options, **known | {"answer": letter})
+
+
+def _vstar(row: Row, path: Path) -> Question:
+    text = _text(row, "text")
+    prompt = text if text.endswith(LETTER_PROMPT.strip()) else text + LETTER_PROMPT
+    names = {"id": _text(row, "question_id"), "category": _text(row, "category")}
+    return _choice(row, prompt, parse_options(text), answer=_text(row, "label"), **names)
+
+
+def _vstar_tsv(row: Row, path: Path) -> Question:
+    options = _options(row)
+    prompt = f"{_text(row, 'question')}\n{_listed(options)}{LETTER_PROMPT}"
+    return _choice(row, prompt, options, category=_text(row, "category"))
+
+
+def _zoombench(row: Row, path: Path) -> Question:
+    name, prompt, answer = (_text(row, column) for column in ("id", "query", "response"))
+    full, crop = _image(row["image"]), _image_file(row["crop_image"])
+    options, letter = parse_options(prompt), option_letter(answer)
+    if letter is not None and letter in options:
+        return Question(name, prompt, letter, OPTION, full, crop, options=options, category="choice")
+    return Question(name, prompt, answer, TEXT, full, crop, category="open")
+
+
+def _hrbench(row: Row, path: Path) -> Question:
+    """Each question occurs four times, with its options rotated."""
+    options, prompt = _options(row), _text(row, "question")
+    if options:
+        prompt += " Select from the following choices.\n" + _listed(options)
+    return _choice(row, prompt, options, category=_text(row, "category"))
+
+
+def _realworld(row: Row, path: Path, language: str) -> Question:
+    before, after = REALWORLD_PROMPTS[language]
+    listed = row["multi-choice options"]
+    if isinstance(listed, str):  # TSV files hold the list as Python or JSON would write it, or one text a line
+        try:
+            listed = ast.literal_eval(listed) if listed.lstrip().startswith("[") else listed.splitlines()
+        except (ValueError, SyntaxError):
+            listed = listed.splitlines()
+    texts = [str(text).strip() for text in listed or []]
+    options_text = "\n".join(text for text in texts if text not in (before.strip(), ""))
+    task, _, domain = _text(row, "category").partition("/")
+    image = row["bytes"] if "bytes" in row else row["image"]
+    prompt = f"{_text(row, 'question')}{before}{options_text}{after}"
+    options = parse_options(options_text) or _options(row)
+    return _choice(row, prompt, options, full=image, category=task, subcategory=domain)
+
+
+def _visualprobe(row: Row, path: Path) -> Question:
+    images = row["images"]
+    if not isinstance(images, list) or not images:
+        raise ValueError("has no image")
+    name = str(images[0])
+    level = re.search(r"VisualProbe_(Easy|Medium|Hard)", f"{path}/{name}", re.IGNORECASE)
+    relative = re.sub(r"^VisualProbe_\w+/", "", name)
+    file = next((f for f in (path.parent / name, path.parent / relative) if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"names the image {name}, which is not beside {path}")
+    prompt = str(row["problem"]).replace("<image>\n", "").replace("<image>", "").strip()
+    category, answer = level.group(1).capitalize() if level else "", str(row["solution"]).strip()
+    return Question(f"{category}/{relative}", prompt, answer, TEXT, file.read_bytes(), category=category)
+
+
+def _mmvp(row: Row, path: Path) -> Question:
+    number, image = _text(row, "Index", "index"), _image_file(row.get("image"))
+    if image is None:
+        file = path.parent / "MMVP Images" / f"{number}.jpg"
+        if not file.is_file():
+            raise ValueError(f"needs the image {file}, which is missing")
+        image = file.read_bytes()
+    choices = _text(row, "Options", "options")
+    prompt = f"{_text(row, 'Question', 'question')} {choices}"
+    answer = _text(row, "Correct Answer", "correct answer", "answer")
+    return _choice(row, prompt, parse_options(choices), id=number, answer=answer, full=image)
+
+
+def _mmvp_tsv(row: Row, path: Path) -> Question:
+    options = _options(row)
+    choices = " ".join(f"({letter.lower()}) {text}" for letter, text in options.items())
+    return _choice(row, f"{_text(row, 'question')} {choices}", options)
+
+
+def _cv_bench(row: Row, path: Path) -> Question:
+    prompt, category = _text(row, "prompt"), _text(row, "type", "split")
+    names = {"id": f"{category}/{_text(row, 'idx', 'index')}", "subcategory": _text(row, "source")}
+    return _choice(row, prompt, parse_options(prompt) or _options(row), category=category, **names)
+
+
+def _mmstar(row: Row, path: Path) -> Question:
+    question, options = _text(row, "question"), _options(row)
+    # VLMEvalKit's file has the options in columns, the published one in the question
+    prompt = f"{question}\nOptions: " + ", ".join(f"{k}: {v}" for k, v in options.items()) if options else question
+    names = {"category": _text(row, "category"), "subcategory": _text(row, "l2_category")}
+    return _choice(row, prompt, options or parse_options(question), **names)
+
+
+def _pope(row: Row, path: Path) -> Question:
+    image, answer, text = _image(row["image"]), _text(row, "answer").lower(), _text(row, "question")
+    if answer not in ("yes", "no"):
+        raise ValueError(f"has the answer {answer!r}, neither yes nor no")
+    prompt = text if text.endswith(WORD_PROMPT.strip()) else text + WORD_PROMPT
+    category = _text(row, "category") or path.stem.split("-")[0]
+    name = f"{category}/{_text(row, 'question_id', 'index', 'id')}"
+    return Question(name, prompt, answer, YES_NO, image, category=category)
+
+
+_KIT, _REALWORLD = "VLMEvalKit's", "yifanzhang114/MME-RealWorld"
+_LITE = f"{_REALWORLD}-lite-lmms-eval; {_KIT} mme_realworld_lite.tsv"
+_LEVELS = "Mini-o3/VisualProbe_Easy, _Medium and _Hard, side by side"
+_MMVP = f"MMVP/MMVP (Questions.csv, MMVP Images/); lmms-lab-eval/MMVP; {_KIT} MMVP.tsv"
+_CV_BENCH = f"nyu-visionx/CV-Bench; {_KIT} CV-Bench-2D.tsv and CV-Bench-3D.tsv"
+_ALL = (
+    Benchmark("vstar", "V*", f"lmms-lab/vstar-bench; {_KIT} VStarBench.tsv", 191),
+    Benchmark("zoombench", "ZoomBench", "inclusionAI/ZoomBench", 845),
+    Benchmark("hrbench-4k", "HR-Bench 4K", "DreamMr/HR-Bench", 800),
+    Benchmark("hrbench-8k", "HR-Bench 8K", "DreamMr/HR-Bench", 800),
+    Benchmark("mme-realworld", "MME-RealWorld", f"{_REALWORLD}-Lmms-eval; {_KIT} MME-RealWorld.tsv", None),
+    Benchmark("mme-realworld-cn", "MME-RealWorld-CN", f"{_REALWORLD}-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", None),
+    Benchmark("mme-realworld-lite", "MME-RealWorld-Lite", _LITE, 1919),
+    Benchmark("visualprobe", "VisualProbe", _LEVELS, 515, by_category=True),
+    Benchmark("mmvp", "MMVP", _MMVP, 300, pairs=True),
+    Benchmark("cv-bench", "CV-Bench", _CV_BENCH, 2638, by_category=True),
+    Benchmark("mmstar", "MMStar", f"Lin-Chen/MMStar; {_KIT} MMStar.tsv", 1500),
+    Benchmark("pope", "POPE", f"lmms-lab/POPE; {_KIT} POPE.tsv", 9000),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+
+_HR_COLUMNS = "index, question, answer, A, B, C, D, category, image"
+_REALWORLD_COLUMNS = "index, question, multi-choice options, answer, category"
+_ENGLISH, _CHINESE = partial(_realworld, language="en"), partial(_realworld, language="cn")
+_FORMS: tuple[tuple[str, str, str, Callable[[Row, Path], Question]], ...] = (  # the first that is there is read
+    ("vstar", "data/test-*.parquet *.parquet", "image, text, label, question_id, category", _vstar),
+    ("vstar", "*.tsv", "index, image, question, A, B, answer, category", _vstar_tsv),
+    ("zoombench", "data/test*.parquet *.parquet", "id, query, response, image, crop_image", _zoombench),
+    ("hrbench-4k", "hr_bench_4k.parquet hrbench_4k*.parquet *4k*.parquet *4k*.tsv", _HR_COLUMNS, _hrbench),
+    ("hrbench-8k", "hr_bench_8k.parquet hrbench_8k*.parquet *8k*.parquet *8k*.tsv", _HR_COLUMNS, _hrbench),
+    ("mme-realworld", "data/*.parquet *.parquet", f"{_REALWORLD_COLUMNS}, bytes", _ENGLISH),
+    ("mme-realworld", "*.tsv", f"{_REALWORLD_COLUMNS}, image", _ENGLISH),
+    ("mme-realworld-cn", "data/*.parquet *.parquet", f"{_REALWORLD_COLUMNS}, bytes", _CHINESE),
+    ("mme-realworld-cn", "*.tsv", f"{_REALWORLD_COLUMNS}, image", _CHINESE),
+    ("mme-realworld-lite", "data/*.parquet *.parquet", f"{_REALWORLD_COLUMNS}, bytes", _ENGLISH),
+    ("mme-realworld-lite", "*.tsv", f"{_REALWORLD_COLUMNS}, image", _ENGLISH),
+    ("visualprobe", "VisualProbe_*/val.json val.json", "images, problem, solution", _visualprobe),
+    ("mmvp", "Questions.csv", "Index, Question, Options, Correct Answer", _mmvp),
+    ("mmvp", "data/*.parquet *.parquet", "Index, Question, Options, Correct Answer, image", _mmvp),
+    ("mmvp", "data/*.parquet *.parquet", "index, question, options, answer, image", _mmvp),
+    ("mmvp", "*.tsv", "index, image, question, A, B, answer", _mmvp_tsv),
+    ("cv-bench", "test_[23]d.parquet *.parquet", "idx, type, task, image, prompt, answer, source", _cv_bench),
+    ("cv-bench", "CV-Bench-*.tsv *.tsv", "index, image, prompt, answer, split", _cv_bench),
+    ("mmstar", "mmstar.parquet *.parquet *.tsv", "index, question, answer, category, l2_category, image", _mmstar),
+    ("pope", "data/test-*.parquet Full/*.parquet *.parquet", "question_id, question, answer, image, category", _pope),
+    ("pope", "*.tsv", "index, image, question, answer, category", _pope),
+)
+_SOURCES = [Source(name, tuple(p.split()), tuple(c.split(", ")), question) for name, p, c, question in _FORMS]

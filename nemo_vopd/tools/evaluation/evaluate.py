@@ -2,67 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import torch.distributed as dist
+
+from nemo_vopd.batch import View
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import fingerprint, require_dataset
+from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
-from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, Model, ask, read_answers
-from nemo_vopd.tools.evaluation.benchmarks import Benchmark, find_benchmark, read_benchmark
-from nemo_vopd.tools.evaluation.judge import Judge
-from nemo_vopd.tools.evaluation.models import NativeModel, ServedModel
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.rollout.native.engine import Decoder
+from nemo_vopd.tools.evaluation.answers import AnswersFile, Asked, Model, NotAnswered, ask, read_answers
+from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
+from nemo_vopd.tools.evaluation.benchmarks import Benchmark, find_benchmark
+from nemo_vopd.tools.evaluation.chat_server import Endpoint, Judge, served_model
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
+from nemo_vopd.tools.evaluation.gap import greedy
 from nemo_vopd.tools.evaluation.questions import Question, stored_questions
-from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise
-from nemo_vopd.tools.evaluation.tables import table
+from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
+from nemo_vopd.views import UnusableSample
+from nemo_vopd.vlm.build import build_vlm
 
-GAP = Benchmark("gap", "Full and crop view", "", (), None)
+GAP = Benchmark("gap", "Full and crop view", "", None)
 """The user's own Energon data set."""
 NUM_SHOWN = 3
+_NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluate as `config` says; prints tables, writes `config.output`, returns the results on rank 0."""
-    chosen = benchmarks(config.benchmark)
+    benchmarks, data = _benchmarks(config.benchmark), config.data
     output_file = None if config.output is None else Path(config.output)
-    for benchmark in chosen:
-        next(_questions(benchmark, config.data, []), None)  # a wrong column is told before the model is read
+    for benchmark in benchmarks:
+        next(_questions(benchmark, data, []), None)  # a wrong column is told before the model is read
         if config.baseline is not None:
             _answers_of(config.baseline, benchmark.name)
     judge = None
     if config.judge.url is not None:
         judge = Judge(config.judge, None if output_file is None else _beside(output_file, "verdicts"))
-    model, settings = _model(config), _settings(config)
-    name = config.model.hf_path if config.engine == "native" else f"{config.server.model} at {config.server.url}"
-    output: dict[str, Any] = {"model": name, "engine": config.engine, "data": config.data.path}
+    native = config.engine == "native"
+    name = config.model.hf_path if native else f"{config.server.model} at {config.server.url}"
+    (model, group), settings = _model(config), _settings(config)
+    output: dict[str, Any] = {"model": name, "engine": config.engine, "data": data.path}
     output |= {"settings": settings, "results": {}, "comparison": {}}
-    for benchmark in chosen:
+    for benchmark in benchmarks:
         unusable: list[str] = []
-        file = None
-        if model.collects and output_file is not None:
-            who = {"model": name, "weights": model.fingerprint()}
-            if benchmark is GAP:
-                who["data"] = fingerprint(config.data.path)
-            file = AnswersFile(_beside(output_file, f"{benchmark.name}.answers"), {**who, **settings})
-        answers = _ask(benchmark, model, file, config, unusable)
-        if not model.collects:
+        with contextlib.ExitStack() as closing:
+            file = None
+            if output_file is not None and parallel.is_rank_zero():
+                who = {"model": name, "weights": weights_fingerprint(Path(config.model.hf_path)) if native else None}
+                if benchmark is GAP:
+                    who["data"] = fingerprint(data.path)
+                file = AnswersFile(_beside(output_file, f"{benchmark.name}.answers"), who | settings)
+                closing.callback(file.close)
+            answers = ask(
+                islice(_questions(benchmark, data, unusable), config.limit),
+                model,
+                group,
+                file,
+                views=config.views,
+                batch_size=config.batch_size,
+                unusable=unusable,
+                title=data.path if benchmark is GAP else benchmark.title,
+            )
+        if not parallel.is_rank_zero():
             continue
         if not answers:
-            _refuse_nothing(config.data.path, config.views, unusable)
-        grades = grade_all(answers, judge)
-        result = summarise(answers, grades, benchmark.scoring, config.seed)
+            if config.views == ["crop"] and not unusable:
+                raise OptionError("views", config.views, "there are neither boxes nor crops", "set views=[full]")
+            first = f" ({unusable[0]})" if unusable else ""
+            raise OptionError("data.path", data.path, f"holds no question that can be asked{first}", "check its images")
+        grades, seed, by_category = grade_all(answers, judge), config.seed, benchmark.by_category
+        result = summarise(answers, grades, by_category=by_category, pairs=benchmark.pairs, seed=seed)
         result |= {"title": benchmark.title, "num_unusable": len(unusable)}
         output["results"][benchmark.name] = result
         if config.baseline is not None:
             theirs = read_answers(_answers_of(config.baseline, benchmark.name), "baseline")
-            found = compare(answers, grades, theirs, grade_all(theirs, judge), benchmark.scoring, config.seed)
+            found = compare(answers, grades, theirs, grade_all(theirs, judge), by_category=by_category, seed=seed)
             if found is not None:
                 output["comparison"][benchmark.name] = {"baseline": config.baseline, **found}
             else:
@@ -70,59 +95,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         print(table(result, benchmark.num_questions, output["comparison"].get(benchmark.name)), flush=True)
         for reason in unusable[:NUM_SHOWN]:
             print(f"  not used: {reason}", flush=True)
-    if not model.collects:
+    if not parallel.is_rank_zero():
         return None
     if GAP.name in output["results"]:
         output |= _gap_lines(output["results"][GAP.name])
     if output_file is not None:
-        _write(output_file, output)
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = output_file.with_name(output_file.name + ".partial")
+        partial.write_text(json.dumps(output, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(output_file)
     return output
 
 
-def _ask(
-    benchmark: Benchmark, model: Model, file: AnswersFile | None, config: EvaluateConfig, unusable: list[str]
-) -> list[Answer]:
-    """All answers to one benchmark, new and old."""
-    try:
-        return ask(
-            islice(_questions(benchmark, config.data, unusable), config.limit),
-            model,
-            file,
-            config.data,
-            views=tuple(config.views),
-            batch_size=config.batch_size,
-            unusable=unusable,
-            title=config.data.path if benchmark is GAP else benchmark.title,
-        )
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _refuse_nothing(path: str, views: list[str], unusable: list[str]) -> NoReturn:
-    if views == ["crop"] and not unusable:
-        raise OptionError("views", views, "there are neither boxes nor crops", "set views=[full]")
-    first = f" ({unusable[0]})" if unusable else ""
-    raise OptionError("data.path", path, f"holds no question that can be asked{first}", "check its images")
-
-
-def _gap_lines(result: dict[str, Any]) -> dict[str, Any]:
-    """Prints and returns the accuracies of both views and the gap under their short names."""
-    lines = {f"{view}_accuracy": result[view]["accuracy"] for view in ("full", "crop") if view in result}
-    if "gap" in result:
-        lines["gap"] = result["gap"]
-    print("\n".join(f"{name:14} {value:.4f}" for name, value in lines.items()), flush=True)
-    return {"num_samples": result["num_samples"], **lines}
-
-
-def _write(path: Path, output: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(output, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
-
-
-def benchmarks(names: Any) -> Sequence[Benchmark]:
+def _benchmarks(names: Any) -> list[Benchmark]:
     """The benchmarks called `names` (one, a list, or several with commas); None is the user's own data set."""
     if names is None:
         return [GAP]
@@ -139,13 +124,52 @@ def _questions(benchmark: Benchmark, data: DataConfig, unusable: list[str]) -> I
     return stored_questions(data.path, data, unusable)
 
 
-def _model(config: EvaluateConfig) -> Model:
+def _model(config: EvaluateConfig) -> tuple[Model, dist.ProcessGroup | None]:
+    """What is asked, and the ranks that share the questions."""
+    data, length = config.data, config.rollout.max_response_length
     if config.engine == "native":
-        return NativeModel(config, parallel.initialize(config.parallel, seed=config.seed))
+        groups = parallel.initialize(config.parallel, seed=config.seed)
+        processor = Processor.from_pretrained(config.model.hf_path)
+        decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
+        return _native_model(decoder, processor, data, length), groups.dp_cp
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rule = "a server is asked by one process"
         raise OptionError("engine", config.engine, rule, "start it without torchrun")
-    return ServedModel(config.server, config.rollout.max_response_length)
+    return served_model(Endpoint(config.server, "server"), data, length), None
+
+
+def _native_model(decoder: Decoder, processor: Processor, data: DataConfig, max_response_length: int) -> Model:
+    """The model of `decoder`; images are resized as in training, by data.full and data.crop_pixels."""
+    params = greedy(processor, max_response_length)
+    pixels = {"full": data.full, "crop": data.crop_pixels}
+
+    def reply(asked: list[Asked]) -> list[str | NotAnswered]:
+        replies: dict[int, str | NotAnswered] = {}
+        views: dict[int, View] = {}
+        for place, (question, view) in enumerate(asked):
+            try:
+                views[place] = processor.view([question.image(view, data)], question.prompt, [pixels[view]])
+            except UnusableSample as unusable:
+                replies[place] = NotAnswered(str(unusable))
+        names = [f"{question.id}/{view}" for question, view in map(asked.__getitem__, views)]
+        for place, responses in zip(views, decoder(list(views.values()), names, params), strict=True):
+            replies[place] = processor.decode(responses[0][0])
+        return [replies[place] for place in range(len(asked))]
+
+    return reply
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of the sizes of the weight files in `folder` and of some blocks of each: an export there changes it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for part in range(_NUM_BLOCKS):
+                stream.seek(max(0, size - _BLOCK_BYTES) * part // (_NUM_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -159,6 +183,15 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
     else:
         settings["extra_body"] = config.server.extra_body
     return settings | {"crop": asdict(data.crop), "question_hint": data.question_hint}
+
+
+def _gap_lines(result: dict[str, Any]) -> dict[str, Any]:
+    """Prints and returns the accuracies of both views and the gap under their short names."""
+    lines = {f"{view}_accuracy": result[view]["accuracy"] for view in ("full", "crop") if view in result}
+    if "gap" in result:
+        lines["gap"] = result["gap"]
+    print("\n".join(f"{name:14} {value:.4f}" for name, value in lines.items()), flush=True)
+    return {"num_samples": result["num_samples"], **lines}
 
 
 def _beside(output: Path, kind: str) -> Path:

@@ -1,4 +1,4 @@
-r"""What a reply commits to: its final answer, yes or no, or a short text (options: choosing.py).
+r"""What a reply commits to: its final answer, yes or no, or a short text (options: chosen_option.py).
 
 Each step narrows the reply or decides; what stays undecided is None (or False), never a guess.
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_vopd.batch import Sample
-from nemo_vopd.config import Config, DataConfig
+from nemo_vopd.batch import DroppedSample, Sample
+from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import require_dataset
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.questions import classify
-from nemo_vopd.tools.evaluation.results import grade
-from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.tools.evaluation.questions import classify, grade
 
 _MAX_BYTES = 1 << 30
 """Of the images that a rank holds at a time, both views together: some forty samples of a million pixels."""
@@ -37,11 +35,19 @@ class Reply:
 
 @dataclass
 class Gap:
-    """Accuracies in [0, 1] over the same samples."""
+    """The replies to the samples, in stored order, and accuracies in [0, 1] over all of them."""
 
-    full_accuracy: float
-    crop_accuracy: float
     replies: list[Reply]
+
+    @property
+    def full_accuracy(self) -> float:
+        """Share of the samples that are answered rightly from the full view."""
+        return sum(reply.full_correct for reply in self.replies) / len(self.replies)
+
+    @property
+    def crop_accuracy(self) -> float:
+        """Share of the samples that are answered rightly from the crop."""
+        return sum(reply.crop_correct for reply in self.replies) / len(self.replies)
 
     @property
     def gap(self) -> float:
@@ -62,41 +68,42 @@ def measure_gap(
 ) -> Gap:
     """Answer the first `limit` usable samples of the Energon data set `path` from the full and the crop view.
 
-    Data-parallel ranks share the samples, a few in memory at a time; every rank returns the whole result, in stored
-    order. Raises OptionError, naming `option`, on every rank when there is no sample or one has no answer.
+    Data-parallel ranks share the samples, a few in memory at a time; every rank returns the whole result. Raises
+    OptionError, naming `option`, on every rank when there is no sample or one has no answer.
     """
     require_dataset(path, option)
-    group = groups.dp_cp
-    params = greedy(processor, max_response_length)
+    group, params = groups.dp_cp, greedy(processor, max_response_length)
     # the place of a sample among all records keeps the order of the data set whatever the number of ranks
     stream = iterate_samples(path, data, "crop", processor, limit, dp_rank=group.rank(), dp_size=group.size())
     mine: list[tuple[int, Reply | str]] = []
-    samples = ((place, item) for place, item in enumerate(stream) if isinstance(item, Sample))
-    for some in _batches(samples):
-        replies = _answer(decoder, processor, [sample for _, sample in some], params)
-        places = [place * group.size() + group.rank() for place, _ in some]
-        mine += zip(places, replies, strict=True)
-    gathered: list = [None] * group.size()
-    dist.all_gather_object(gathered, mine, group=group)
-    replies = [reply for _, reply in sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])]
-    remedy = "evaluate on a data set with answers"
-    if not replies:
-        raise OptionError(option, path, "holds no usable sample", remedy)
-    for reply in replies:
+    for some in _batches(stream):
+        names, texts = [sample.id for sample in some.values()], []
+        for views in ([sample.student for sample in some.values()], [sample.teacher for sample in some.values()]):
+            texts.append([processor.decode(responses[0][0]) for responses in decoder(views, names, params)])
+        for (place, sample), full, crop in zip(some.items(), *texts, strict=True):
+            mine.append((place * group.size() + group.rank(), _graded(sample, full, crop)))
+    found = dict(parallel.gather_all(mine, group))
+    remedy, replies = "evaluate on a data set with answers", []
+    for reply in (found[place] for place in sorted(found)):
         if isinstance(reply, str):
             raise OptionError(option, path, f"has no answer to compare with in sample {reply}", remedy)
-    num = len(replies)
-    return Gap(sum(r.full_correct for r in replies) / num, sum(r.crop_correct for r in replies) / num, replies)
+        replies.append(reply)
+    if not replies:
+        raise OptionError(option, path, "holds no usable sample", remedy)
+    return Gap(replies)
 
 
-def _batches(samples: Iterator[tuple[int, Sample]]) -> Iterator[list[tuple[int, Sample]]]:
-    batch, num_bytes = [], 0
-    for place, sample in samples:
-        batch.append((place, sample))
+def _batches(stream: Iterable[Sample | DroppedSample]) -> Iterator[dict[int, Sample]]:
+    """The usable samples of `stream` by their place in it, as many at a time as may be in memory."""
+    batch, num_bytes = {}, 0
+    for place, sample in enumerate(stream):
+        if isinstance(sample, DroppedSample):
+            continue
+        batch[place] = sample
         num_bytes += sample.student.pixel_values.nbytes + sample.teacher.pixel_values.nbytes
         if num_bytes > _MAX_BYTES:
             yield batch
-            batch, num_bytes = [], 0
+            batch, num_bytes = {}, 0
     if batch:
         yield batch
 
@@ -111,26 +118,10 @@ def greedy(processor: Processor, max_response_length: int) -> SamplingParams:
     )
 
 
-def _answer(
-    decoder: Decoder, processor: Processor, samples: list[Sample], params: SamplingParams
-) -> Iterator[Reply | str]:
-    """The reply to each sample; the id of one without an answer."""
-    texts = []
-    for views in ([s.student for s in samples], [s.teacher for s in samples]):
-        responses = decoder(views, [s.id for s in samples], params)
-        texts.append([processor.decode(answers[0][0]) for answers in responses])
-    for sample, full, crop in zip(samples, *texts, strict=True):
-        if sample.answer is None:
-            yield sample.id
-            continue
-        kind, answer, options = classify(sample.question, sample.answer)
-        right = [bool(grade(text, answer, kind, options)) for text in (full, crop)]
-        yield Reply(sample.id, full, crop, *right)
-
-
-def evaluate_directory(config: Config, groups: ProcessGroupCollection, limit: int | None = None) -> Gap:
-    """`measure_gap` of the model in `config.model.hf_path` on the first `limit` samples of `config.data.path`."""
-    processor = Processor.from_pretrained(config.model.hf_path)
-    decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
-    length = config.rollout.max_response_length
-    return measure_gap(decoder, processor, config.data.path, config.data, groups, length, limit)
+def _graded(sample: Sample, full: str, crop: str) -> Reply | str:
+    """The replies to a sample; its id where it has no answer to compare with."""
+    if sample.answer is None:
+        return sample.id
+    kind, answer, options = classify(sample.question, sample.answer)
+    full_correct, crop_correct = (bool(grade(text, answer, kind, options)) for text in (full, crop))
+    return Reply(sample.id, full, crop, full_correct, crop_correct)

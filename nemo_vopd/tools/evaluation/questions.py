@@ -1,4 +1,4 @@
-"""A question of an evaluation: what is shown, what is asked, what is right, and how a reply is read."""
+"""A question of an evaluation: what is shown, what is asked, what is right, and whether a reply is."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from nemo_vopd.config import DataConfig
-from nemo_vopd.data.dataset import RawRecord, iterate_records
+from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import cut_crop, parse_meta
 from nemo_vopd.data.records import check_answer, check_id, check_question
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation.extraction import final_answer
+from nemo_vopd.tools.evaluation.chosen_option import extract_option
+from nemo_vopd.tools.evaluation.extraction import extract_yes_no, final_answer, same_text
 from nemo_vopd.views import UnusableSample, check_box, load_image
 
 OPTION, YES_NO, TEXT = "option", "yes_no", "text"
@@ -112,18 +113,17 @@ def parse_options(text: str) -> dict[str, str]:
     The last list counts: a question may mention a letter before.
     """
     markers = [(m.group(1).upper(), m.start(), m.end()) for m in _MARKER.finditer(text)]
-    best: list[tuple[str, int, int]] = []
+    best, best_rank = [], (2, False)
     for first, (letter, start, _) in enumerate(markers):
-        if letter != "A":
-            continue
-        run = []
-        for marker in markers[first:]:
-            if marker[0] == _LETTERS[len(run) : len(run) + 1]:
-                run.append(marker)
-        # of equally long lists one that begins a line, and of those the last
-        rank = (len(run), text[:start].rstrip(" ")[-1:] in ("", "\n"))
-        if len(run) > 1 and (not best or rank >= (len(best), text[: best[0][1]].rstrip(" ")[-1:] in ("", "\n"))):
-            best = run
+        if letter == "A":
+            run: list[tuple[str, int, int]] = []
+            for marker in markers[first:]:
+                if marker[0] == _LETTERS[len(run) : len(run) + 1]:
+                    run.append(marker)
+            # of equally long lists one that begins a line, and of those the last
+            rank = (len(run), text[:start].rstrip(" ")[-1:] in ("", "\n"))
+            if rank >= best_rank:
+                best, best_rank = run, rank
     options = {}
     for i, (letter, _, start) in enumerate(best):
         # the last option ends with its line: what follows tells how to answer
@@ -146,33 +146,28 @@ def told_apart(name: str, seen: dict[str, int]) -> str:
     return name if count == 1 else f"{name}#{count}"
 
 
-def stored_questions(path: str, data: DataConfig, unusable: list[str], limit: int | None = None) -> Iterator[Question]:
-    """The first `limit` records of the Energon data set `path` as questions; what cannot be read goes to `unusable`.
+def stored_questions(path: str, data: DataConfig, unusable: list[str]) -> Iterator[Question]:
+    """The records of the Energon data set `path` as questions; what cannot be read goes to `unusable`.
 
     Raises OptionError (data.path) at a record without an answer.
     """
     seen: dict[str, int] = {}
-    for record in iterate_records(path, limit):
+    for record in iterate_records(path):
         try:
-            question = _stored_question(record, data)
+            meta = parse_meta(record.meta)
+            sample_id, text = check_id(meta.get("id", record.name)), check_question(meta.get("question"))
+            if record.image is None:
+                raise UnusableSample("missing_image")
+            kind, answer, options = classify(text, check_answer(meta.get("answer")) or "")
         except UnusableSample as reason:
             unusable.append(f"{record.name}: {reason}")
             continue
-        question.id = told_apart(question.id, seen)
-        if question.answer == "":
-            rule = f"has no answer to compare with in sample {question.id}"
+        sample_id = told_apart(sample_id, seen)
+        if answer == "":
+            rule = f"has no answer to compare with in sample {sample_id}"
             raise OptionError("data.path", path, rule, "evaluate on a data set with answers")
-        yield question
-
-
-def _stored_question(record: RawRecord, data: DataConfig) -> Question:
-    meta = parse_meta(record.meta)
-    sample_id, text = check_id(meta.get("id", record.name)), check_question(meta.get("question"))
-    if record.image is None:
-        raise UnusableSample("missing_image")
-    kind, answer, options = classify(text, check_answer(meta.get("answer")) or "")
-    prompt = text + data.question_hint
-    return Question(sample_id, prompt, answer, kind, record.image, record.crop, meta.get("bbox"), options)
+        prompt = text + data.question_hint
+        yield Question(sample_id, prompt, answer, kind, record.image, record.crop, meta.get("bbox"), options)
 
 
 def classify(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
@@ -190,3 +185,23 @@ def classify(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
     if answer.strip(" .").lower() in ("yes", "no"):
         return YES_NO, answer.strip(" .").lower(), {}
     return TEXT, answer, {}
+
+
+def exact_match(reply: str, answer: str) -> bool:
+    """Whether reply and answer are the same words: spacing, case and a final full stop do not count."""
+    words, wanted = (text.lower().rstrip(" .!").split() for text in (reply, answer))
+    return words == wanted
+
+
+def grade(reply: str, answer: str, kind: str, options: Mapping[str, str]) -> bool | None:
+    """Whether `reply` is right; None where rules cannot tell (a judge may).
+
+    Options and yes/no: what is chosen decides, a reply that chooses nothing is left open. Open questions: right if
+    the texts are the same, else open, as other words can say the same. An empty reply is wrong.
+    """
+    if not reply.strip():
+        return False
+    if kind == TEXT:
+        return True if exact_match(reply, answer) or same_text(reply, answer) else None
+    chosen = extract_option(reply, options) if kind == OPTION else extract_yes_no(reply)
+    return None if chosen is None else chosen == answer

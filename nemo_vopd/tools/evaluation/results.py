@@ -1,57 +1,30 @@
-"""From replies to numbers: grades, accuracy by view and category, the gap by evidence size, intervals, comparisons."""
+"""From replies to numbers: accuracy by view and category, the gap by evidence size, intervals, comparisons, a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from nemo_vopd.tools.evaluation.answers import Answer
-from nemo_vopd.tools.evaluation.benchmarks import Scoring
-from nemo_vopd.tools.evaluation.choosing import extract_option
-from nemo_vopd.tools.evaluation.extraction import extract_yes_no, same_text
-from nemo_vopd.tools.evaluation.questions import OPTION, YES_NO
+from nemo_vopd.tools.evaluation.extraction import extract_yes_no
+from nemo_vopd.tools.evaluation.questions import YES_NO, grade
 
 VIEWS = ("full", "crop")
 MAX_SIZE_BINS, MIN_PER_BIN = 5, 8
 RESAMPLES = 2000
 _BLOCK = 100
 Grades = dict[tuple[str, str], bool | None]
-
-
-def exact_match(reply: str, answer: str) -> bool:
-    """Whether reply and answer are the same words: spacing, case and a final full stop do not count."""
-    words, wanted = (text.lower().rstrip(" .!").split() for text in (reply, answer))
-    return words == wanted
-
-
-def read_reply(reply: str, kind: str, options: Mapping[str, str]) -> str | None:
-    """What the reply chooses: a letter, yes or no; of open questions the reply itself. None: it chooses nothing."""
-    if kind == OPTION:
-        return extract_option(reply, options)
-    return extract_yes_no(reply) if kind == YES_NO else reply
-
-
-def grade(reply: str, answer: str, kind: str, options: Mapping[str, str]) -> bool | None:
-    """Whether `reply` is right; None where rules cannot tell (a judge may: nemo_vopd/tools/evaluation/judge.py).
-
-    Options and yes/no: what is chosen decides, a reply that chooses nothing is left open. Open questions: right if
-    the texts are the same, else open, as other words can say the same. An empty reply is wrong.
-    """
-    if not reply.strip():
-        return False
-    chosen = read_reply(reply, kind, options)
-    if kind in (OPTION, YES_NO):
-        return None if chosen is None else chosen == answer
-    return True if exact_match(reply, answer) or same_text(reply, answer) else None
+"""(id, view) -> right, wrong or None (undecided, which counts as wrong)."""
 
 
 def grade_all(
     answers: Sequence[Answer], judge: Callable[[Sequence[Answer]], list[bool | None]] | None = None
 ) -> Grades:
-    """(id, view) -> right, wrong or None (undecided); what rules leave open goes to `judge`."""
+    """The grade of each answer; what rules leave open goes to `judge`."""
     grades: Grades = {(a.id, a.view): grade(a.reply, a.answer, a.kind, a.options) for a in answers}
     if judge is not None:
         left = [answer for answer in answers if grades[answer.id, answer.view] is None]
@@ -60,42 +33,34 @@ def grade_all(
     return grades
 
 
-def summarise(answers: Sequence[Answer], grades: Grades, scoring: Scoring, seed: int = 0) -> dict[str, Any]:
-    """The numbers of one benchmark or data set (see docs/evaluation.md); undecided replies count as wrong.
+def summarise(
+    answers: Sequence[Answer], grades: Grades, *, by_category: bool = False, pairs: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """The numbers of one benchmark or data set (see docs/evaluation.md); accuracies are fractions.
 
-    Accuracies are fractions.
+    `by_category` and `pairs` are those of a `Benchmark`.
     """
-    mean_of = scoring.mean_of
     by_view = {view: [a for a in answers if a.view == view] for view in VIEWS}
     result: dict[str, Any] = {"num_samples": len({a.id for a in answers})}
     for view, part in by_view.items():
         if part:
             result[view] = {
-                "accuracy": headline(part, grades, mean_of),
-                "interval": _accuracy_interval(part, [bool(grades[a.id, a.view]) for a in part], mean_of, seed),
+                "accuracy": headline(part, grades, by_category),
+                "interval": _accuracy_interval(part, grades, by_category, seed),
                 "num_undecided": sum(grades[a.id, a.view] is None for a in part),
                 "num_empty": sum(not a.reply.strip() for a in part),
             }
     result["accuracy"] = result["full" if by_view["full"] else "crop"]["accuracy"]
-    both = {a.id for a in by_view["full"]} & {a.id for a in by_view["crop"]}
-    if both:
-        pair = [[a for a in by_view[view] if a.id in both] for view in VIEWS]
+    if both := {a.id for a in by_view["full"]} & {a.id for a in by_view["crop"]}:
+        full, crop = ([a for a in by_view[view] if a.id in both] for view in VIEWS)
         result["num_both_views"] = len(both)
-        result["gap"] = headline(pair[1], grades, mean_of) - headline(pair[0], grades, mean_of)
-        result["by_evidence_size"] = by_evidence_size(pair[0], pair[1], grades)
+        result["gap"] = headline(crop, grades, by_category) - headline(full, grades, by_category)
+        result["by_evidence_size"] = by_evidence_size(full, crop, grades)
     result["categories"] = _categories(by_view, grades)
     result["metrics"] = _yes_no_metrics(by_view["full"], grades)
-    if scoring.pairs:
+    if pairs:
         result["metrics"] |= _pair_metrics(by_view["full"], grades)
     return result
-
-
-def _accuracy_interval(answers: list[Answer], right: list[bool], mean_of: str, seed: int) -> list[float]:
-    """95% interval of the headline; Wilson's where all draws would be the same, which is no certainty."""
-    if all(right) or not any(right):
-        num = len({a.cluster or a.id for a in answers})
-        return list(wilson(num if all(right) else 0, num))
-    return list(interval(answers, right, mean_of, seed))
 
 
 def _right_by(
@@ -109,9 +74,9 @@ def _right_by(
     return groups
 
 
-def headline(answers: Sequence[Answer], grades: Grades, mean_of: str) -> float:
+def headline(answers: Sequence[Answer], grades: Grades, by_category: bool) -> float:
     """Accuracy over questions, or the mean of the categories' accuracies."""
-    groups = _right_by(answers, grades, lambda a: [a.category if mean_of == "categories" else ""])
+    groups = _right_by(answers, grades, lambda a: [a.category if by_category else ""])
     return sum(sum(group) / len(group) for group in groups.values()) / max(1, len(groups))
 
 
@@ -129,17 +94,16 @@ def _categories(by_view: dict[str, list[Answer]], grades: Grades) -> dict[str, d
 
 def _yes_no_metrics(answers: list[Answer], grades: Grades) -> dict[str, float]:
     """POPE's: precision, recall and F1 of "yes", and how often it is said."""
-    asked = [a for a in answers if a.kind == YES_NO]
-    if not asked or len(asked) < len(answers):
+    if not answers or any(a.kind != YES_NO for a in answers):
         return {}
     # a judge can find a reply right that rules cannot read
-    said = [a.answer if grades[a.id, a.view] else read_reply(a.reply, a.kind, a.options) for a in asked]
-    yes = sum(s == "yes" for s in said)
-    hits = sum(s == "yes" == a.answer for s, a in zip(said, asked, strict=True))
+    said = [a.answer if grades[a.id, a.view] else extract_yes_no(a.reply) for a in answers]
+    yes = said.count("yes")
+    hits = sum(s == "yes" == a.answer for s, a in zip(said, answers, strict=True))
     precision = hits / yes if yes else 0.0
-    recall = hits / max(1, sum(a.answer == "yes" for a in asked))
+    recall = hits / max(1, sum(a.answer == "yes" for a in answers))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes / len(asked)}
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes / len(answers)}
 
 
 def _pair_metrics(answers: list[Answer], grades: Grades) -> dict[str, float]:
@@ -161,17 +125,24 @@ def by_evidence_size(full: list[Answer], crop: list[Answer], grades: Grades) -> 
     if num_bins < 2:
         return []
     edges = np.quantile([size for size, _ in known], np.arange(1, num_bins) / num_bins)
-    groups: dict[int, list[tuple[float, str]]] = {}
-    for size, name in known:
-        groups.setdefault(int(np.searchsorted(edges, size, side="left")), []).append((size, name))
     bins = []
-    for part in groups.values():
+    for _, group in groupby(known, lambda pair: int(np.searchsorted(edges, pair[0], side="left"))):
+        part = list(group)
         row: dict[str, Any] = {"low": part[0][0], "high": part[-1][0], "num_samples": len(part)}
         for view in VIEWS:
             right = sum(bool(grades[name, view]) for _, name in part)
             row[view], row[f"{view}_interval"] = right / len(part), list(wilson(right, len(part)))
         bins.append(row)
     return bins if len(bins) > 1 else []
+
+
+def _accuracy_interval(answers: list[Answer], grades: Grades, by_category: bool, seed: int) -> list[float]:
+    """95% interval of the headline; Wilson's where all draws would be the same, which is no certainty."""
+    right = [bool(grades[a.id, a.view]) for a in answers]
+    if len(set(right)) > 1:
+        return list(interval(answers, right, by_category, seed))
+    num = len({a.cluster or a.id for a in answers})
+    return list(wilson(num if right[0] else 0, num))
 
 
 def wilson(right: int, num: int, z: float = 1.959964) -> tuple[float, float]:
@@ -181,16 +152,16 @@ def wilson(right: int, num: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def interval(answers: Sequence[Answer], values: Sequence[float], mean_of: str, seed: int) -> tuple[float, float]:
+def interval(answers: Sequence[Answer], values: Sequence[float], by_category: bool, seed: int) -> tuple[float, float]:
     """95% bootstrap interval of the headline of `values` (one for each answer), images drawn with replacement.
 
     Questions about one image are drawn together: HR-Bench asks each four times, POPE six.
     """
-    groups = sorted({a.category for a in answers}) if mean_of == "categories" else [""]
+    columns = {name: i for i, name in enumerate(sorted({a.category if by_category else "" for a in answers}))}
     clusters = {name: i for i, name in enumerate(dict.fromkeys(a.cluster or a.id for a in answers))}
-    sums, counts = np.zeros((2, len(clusters), len(groups)))
+    sums, counts = np.zeros((2, len(clusters), len(columns)))
     for a, value in zip(answers, values, strict=True):
-        place = clusters[a.cluster or a.id], groups.index(a.category) if mean_of == "categories" else 0
+        place = clusters[a.cluster or a.id], columns[a.category if by_category else ""]
         sums[place] += value
         counts[place] += 1
     rng = np.random.default_rng(seed)
@@ -208,7 +179,8 @@ def compare(
     our_grades: Grades,
     theirs: Sequence[Answer],
     their_grades: Grades,
-    scoring: Scoring,
+    *,
+    by_category: bool = False,
     seed: int = 0,
 ) -> dict[str, Any] | None:
     """Difference in full-view accuracy to a baseline on the questions both answered, with its paired 95% interval.
@@ -219,16 +191,53 @@ def compare(
     shared = [a for a in ours if a.view == "full" and baseline.get(a.id) == (a.question, a.cluster)]
     if not shared:
         return None
-    mine, other = ([float(bool(g[a.id, "full"])) for a in shared] for g in (our_grades, their_grades))
-    differences = [x - y for x, y in zip(mine, other, strict=True)]
-    low, high = interval(shared, differences, scoring.mean_of, seed)
-    value = headline(shared, our_grades, scoring.mean_of) - headline(shared, their_grades, scoring.mean_of)
+    differences = [float(bool(our_grades[a.id, "full"])) - bool(their_grades[a.id, "full"]) for a in shared]
+    low, high = interval(shared, differences, by_category, seed)
+    their_accuracy = headline(shared, their_grades, by_category)
+    value = headline(shared, our_grades, by_category) - their_accuracy
     result = {"difference": value, "interval": [low, high], "num_samples": len(shared)}
     names = {a.id for a in shared}
     crops = [a for a in theirs if a.view == "crop" and a.id in names]
-    if len(crops) == len(shared):
-        other_full = headline(shared, their_grades, scoring.mean_of)
-        their_gap = headline(crops, their_grades, scoring.mean_of) - other_full
-        if their_gap > 0:
-            result["gap_closed"] = value / their_gap
+    if len(crops) == len(shared) and (gap := headline(crops, their_grades, by_category) - their_accuracy) > 0:
+        result["gap_closed"] = value / gap
     return result
+
+
+def table(result: dict[str, Any], published: int | None, comparison: dict[str, Any] | None) -> str:
+    """The result of one benchmark (`summarise`) in lines: headline, views, categories, sizes, comparison.
+
+    `published` is the number of questions of the whole benchmark, where it is known.
+    """
+    total = f" of {published}" if published and published != result["num_samples"] else ""
+    views = [result[view] for view in VIEWS if view in result]
+    names = [view for view in VIEWS if view in result]
+    rows = [["", "questions", *(f"{name} view" for name in names)]]
+    rows.append(["accuracy", "", *(f"{view['accuracy']:.1%}" for view in views)])
+    intervals = ([100 * end for end in view["interval"]] for view in views)
+    rows.append(["95% interval", "", *(f"{low:.1f} to {high:.1f}" for low, high in intervals)])
+    for key, label in (("num_undecided", "undecided, counted wrong"), ("num_empty", "empty replies among them")):
+        if any(view[key] for view in views):
+            rows.append([label, "", *(str(view[key]) for view in views)])
+    parts = [(f"  {name}", part) for name, part in result["categories"].items()]
+    for part in result.get("by_evidence_size", []):
+        parts.append((f"  evidence {part['low']:.2%} to {part['high']:.2%} of the image", part))
+    for label, part in parts:
+        rows.append([label, str(part["num_samples"]), *(f"{part[n]:.1%}" if n in part else "" for n in names)])
+    rows += [[f"  {name.replace('_', ' ')}", "", f"{value:.1%}"] for name, value in result["metrics"].items()]
+    if "gap" in result:
+        rows.append(["gap (crop less full)", str(result["num_both_views"]), _points(result["gap"])])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = [f"\n{result['title']}: {result['num_samples']} questions{total}"]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=False))]
+        lines.append("  ".join(cells).rstrip())
+    if comparison is not None:
+        low, high = (100 * end for end in comparison["interval"])
+        lines.append(f"against the baseline {_points(comparison['difference'])} ({low:+.1f} to {high:+.1f}), full view")
+        if "gap_closed" in comparison:
+            lines[-1] += f": {comparison['gap_closed']:.1%} of its gap closed"
+    return "\n".join(lines)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f} points"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,18 +68,21 @@ def trace(
     result: list = [None]
     if parallel.is_last_stage(groups):
         heads = student.output_weight(), teacher.output_weight()
-
-        def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
-            shard = product(hidden, head.t(), torch.float32) / temperature
-            return _gather(shard, groups)[:, : student.vocab_size]
-
+        options = {"alpha": distill.alpha, "top_k": distill.top_k, "add_tail": distill.add_tail}
         result[0] = []
         for rollout, *rows in zip(cut, *hidden, strict=False):  # the schedule's padding comes last
-            logits = (
-                [logits_of(h[start : start + _CHUNK], head) for h, head in zip(rows, heads, strict=True)]
-                for start in range(0, len(rollout.token_ids), _CHUNK)
-            )
-            result[0].append(_compare(rollout, logits, processor, distill))
+            policies, divergence = (PolicyTrace([], []), PolicyTrace([], [])), []
+            for start in range(0, len(rollout.token_ids), _CHUNK):
+                piece = slice(start, start + _CHUNK)
+                logits = [
+                    _logits(of_policy[piece], head, groups)[:, : student.vocab_size] / temperature
+                    for of_policy, head in zip(rows, heads, strict=True)
+                ]
+                for policy, numbers in zip(policies, logits, strict=True):
+                    _extend(policy, numbers, rollout.token_ids[piece], processor)
+                divergence += generalized_jsd(*logits, **options).tolist()
+            words = [processor.tokenizer.decode([token]) for token in rollout.token_ids.tolist()]
+            result[0].append(ResponseTrace(words, *policies, divergence))
     if groups.pp.size() > 1:
         dist.broadcast_object_list(result, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
     return result[0]
@@ -99,24 +101,11 @@ def _batches(
     return [batch.to(cpu.device()) for batch in batches]
 
 
-def _compare(
-    rollout: Rollout, chunks: Iterable[list[Tensor]], processor: Processor, distill: DistillConfig
-) -> ResponseTrace:
-    """The trace of `rollout`; `chunks` are student's and teacher's logits [C, V] of each _CHUNK tokens."""
-    policies, divergence = (PolicyTrace([], []), PolicyTrace([], [])), []
-    for tokens, logits in zip(rollout.token_ids.split(_CHUNK), chunks, strict=False):  # an empty response has no chunk
-        for policy, numbers in zip(policies, logits, strict=True):
-            _extend(policy, numbers, tokens, processor)
-        options = {"alpha": distill.alpha, "top_k": distill.top_k, "add_tail": distill.add_tail}
-        divergence += generalized_jsd(*logits, **options).tolist()
-    words = [processor.tokenizer.decode([token]) for token in rollout.token_ids.tolist()]
-    return ResponseTrace(words, *policies, divergence)
-
-
-def _gather(logits: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """[T, V] from each tensor-parallel rank's [T, V / tp]."""
-    shards = [torch.empty_like(logits) for _ in range(groups.tp.size())]
-    dist.all_gather(shards, logits, group=groups.tp)
+def _logits(hidden: Tensor, head: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """[T, V] of hidden states [T, H], from the part of the head that each tensor-parallel rank holds."""
+    shard = product(hidden, head.t(), torch.float32)
+    shards = [torch.empty_like(shard) for _ in range(groups.tp.size())]
+    dist.all_gather(shards, shard, group=groups.tp)
     return torch.cat(shards, dim=-1)
 
 

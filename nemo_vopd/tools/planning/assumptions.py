@@ -1,10 +1,11 @@
-"""What a plan has to assume: the GPU's data sheet, lengths of prompts and responses, and efficiencies."""
+"""Options of a plan and what it has to assume: the GPU's data sheet, lengths of prompts and responses, efficiencies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nemo_vopd.errors import OptionError
+from nemo_vopd.config import Config
+from nemo_vopd.options import bounded
 
 GIB = 2**30
 
@@ -31,58 +32,53 @@ GPUS = {
 """Values of the option `gpu`."""
 
 
-def gpu_named(name: str) -> Gpu:
-    """The figures of `name`. Raises OptionError when it is not known."""
-    if name not in GPUS:
-        raise OptionError("gpu", name, f"must be one of {', '.join(GPUS)}", "set gpu=h100")
-    return GPUS[name]
-
-
 @dataclass
 class Assumptions:
     """Everything a plan cannot know. Lengths are in tokens of the language model; images are counted apart."""
 
-    full_image_tokens: int | None = None
+    full_image_tokens: int | None = bounded(None, at_least=1)
     """Mean of the full image; null: the most that data.full.max_pixels allows (large photographs are scaled to it)."""
-    crop_image_tokens: int = 256
+    crop_image_tokens: int = bounded(256, at_least=1)
     """Mean of the crop; data.crop_pixels bounds it."""
-    text_tokens: int = 96
+    text_tokens: int = bounded(96, at_least=0)
     """Mean of the prompt beside its images: template and question."""
-    longest_text_tokens: int = 256
+    longest_text_tokens: int = bounded(256, at_least=1)
     """The longest prompt beside its images: decides the largest microbatch."""
-    response_tokens: int = 256
+    response_tokens: int = bounded(256, at_least=1)
     """Mean response; rollout.max_response_length bounds it."""
-    efficiency: float = 0.35
+    efficiency: float = bounded(0.35, above=0, at_most=1)
     """Share of the peak the language model reaches in both passes, tensor-parallel communication included."""
-    vision_efficiency: float = 0.25
+    vision_efficiency: float = bounded(0.25, above=0, at_most=1)
     """Share of the peak the vision tower reaches: narrow layers, norms and activations in eager PyTorch."""
-    fp8_gain: float = 1.4
+    fp8_gain: float = bounded(1.4, above=0)
     """How much faster FP8 computes the products of the language layers than bf16, casts included."""
-    bandwidth_efficiency: float = 0.6
+    bandwidth_efficiency: float = bounded(0.6, above=0, at_most=1)
     """Share of the memory bandwidth that decoding reaches."""
-    decode_layer_seconds: float = 3e-4
+    decode_layer_seconds: float = bounded(3e-4, at_least=0)
     """Least time of one layer for one token of a batch, whatever its size: kernel launches and small all-reduces.
 
     One H100 took 6e-4 without CUDA graphs (docs/benchmarks.md).
     """
-    network_bytes_per_second: float = 40e9
+    network_bytes_per_second: float = bounded(40e9, above=0)
     """Each GPU's share of the network between nodes: gradients, weights and the teacher cross it once a step."""
-    context_gib: float = 1.5
+    context_gib: float = bounded(1.5, at_least=0)
     """CUDA context and loaded kernels on each GPU."""
-    reserve: float = 0.06
+    reserve: float = bounded(0.06, at_least=0, at_most=1)
     """Share of the GPU's memory for NCCL's buffers, workspaces and what the allocator cannot use."""
-    host_process_gib: float = 6.0
+    host_process_gib: float = bounded(6.0, at_least=0)
     """Host memory of each process before it holds any data: libraries, CUDA's host side, loader workers."""
 
 
-def check_assumptions(assume: Assumptions, gpus_per_node: int) -> None:
-    """Raise OptionError for values out of range."""
-    for name, value in vars(assume).items():
-        positive = name not in ("reserve", "context_gib", "host_process_gib", "decode_layer_seconds", "text_tokens")
-        if value is not None and (value <= 0 if positive else value < 0):
-            bound = "must be positive" if positive else "must not be negative"
-            raise OptionError(f"assume.{name}", value, bound, "leave it out for the default")
-        if (name.endswith("efficiency") or name == "reserve") and value is not None and value > 1:
-            raise OptionError(f"assume.{name}", value, "is a share of one", "set it between 0 and 1")
-    if gpus_per_node < 1:
-        raise OptionError("gpus_per_node", gpus_per_node, "must be at least 1", "set gpus_per_node=8")
+@dataclass
+class PlanConfig(Config):
+    """A run's configuration and the machine it is planned for."""
+
+    gpu: str = bounded("h100", one_of=tuple(GPUS))
+    """h100 | h200 | a100, with 80, 141 and 80 GB"""
+    gpus_per_node: int = bounded(8, at_least=1, suggest=8)
+    assume: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def world_size(self) -> int:
+        """Number of GPUs of the run."""
+        return self.num_nodes * self.gpus_per_node

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from nemo_vopd.tools.planning.assumptions import Assumptions
-from nemo_vopd.tools.planning.count import ModelCount, StageCount
+from nemo_vopd.tools.planning.count import StageCount
 from nemo_vopd.tools.planning.memory import element_bytes, kv_cache_bytes, prompts_of_a_pass
 from nemo_vopd.tools.planning.workload import Case, Packed
 
@@ -30,48 +32,23 @@ class Cost:
         language = self.language - self.fp8 + self.fp8 / assume.fp8_gain
         return language / (peak * assume.efficiency) + self.vision / (peak * assume.vision_efficiency)
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.language + other.language, self.vision + other.vision, self.fp8 + other.fp8)
 
-    def times(self, factor: float) -> Cost:
-        """The cost of `factor` such passes."""
-        return Cost(self.language * factor, self.vision * factor, self.fp8 * factor)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Operations and seconds of one step."""
-
-    flops: dict[str, float]
-    """Operations of all GPUs by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
-    seconds: dict[str, float]
-    """Seconds by phase."""
-    bubble: float
-    """Share of the student's pass in which a stage waits because the pipeline fills or drains."""
-    stage_seconds: list[float]
-    """Seconds of the student's forward and backward pass on one mean microbatch, by stage."""
-
-    @property
-    def step_seconds(self) -> float:
-        """Seconds of one step."""
-        return sum(self.seconds.values())
-
-
-def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, *, sampling: bool = False) -> Cost:
+def forward_cost(
+    hf: Any, megatron: TransformerConfig, stage: StageCount, packed: Packed, *, sampling: bool = False
+) -> Cost:
     """Cost of the layers and the tower of one stage on one microbatch, without the head; `sampling` is never in FP8."""
-    megatron, vision = model.megatron, hf.vision_config
     assert megatron.kv_channels is not None
-    t, num_layers = megatron.tensor_model_parallel_size, sum(stage.chunk_layers)
+    vision, t = hf.vision_config, megatron.tensor_model_parallel_size
     length = packed.num_tokens / max(1, packed.num_sequences)
     # causal: a position attends to half of them on average; scores and their product with the values
     attention = 4 * (megatron.num_attention_heads // t) * megatron.kv_channels * length / 2
-    products = packed.num_tokens * num_layers * 2 * stage.num_layer_weights
-    language = products + packed.num_tokens * num_layers * attention
+    products = packed.num_tokens * stage.num_layers * 2 * stage.num_layer_weights
+    language = products + packed.num_tokens * stage.num_layers * attention
     in_bf16 = 0
     if megatron.first_last_layers_bf16:
         in_bf16 = megatron.num_layers_at_start_in_bf16 + megatron.num_layers_at_end_in_bf16
     fp8 = products * (1 - in_bf16 / megatron.num_layers) if megatron.fp8 and not sampling else 0.0
-    if not stage.num_vision or not packed.num_patches:
+    if not stage.num_vision_blocks or not packed.num_patches:
         return Cost(language, 0.0, fp8)
     patches = packed.num_patches / max(1, packed.num_prompts)  # of two images in a prompt, windows hide most of it
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
@@ -81,48 +58,49 @@ def forward_cost(hf: Any, model: ModelCount, stage: StageCount, packed: Packed, 
     return Cost(language, tower + 2 * stage.num_merger * packed.num_image_tokens, fp8)
 
 
-def timing(case: Case) -> Timing:
+class Timing:
     """Operations and seconds of one step."""
-    config, hf, model, work, assume = case.config, case.hf, case.model, case.work, case.assume
-    peak = case.gpu.flops["bf16" if model.megatron.bf16 else "fp32"]
-    stages, chunks = model.stages, config.parallel.virtual_pipeline
-    again = {"none": 0, "mlp": _feed_forward_share(model), "layers": 1}[config.trainer.recompute]
-    student = []
-    for stage in stages:
-        cost = forward_cost(hf, model, stage, work.student_mean)
-        tower = cost.vision if config.trainer.recompute_vision else 0.0
-        student.append(cost.times(3) + Cost(cost.language, 0.0, cost.fp8).times(again) + Cost(0.0, tower))
-    teacher = [forward_cost(hf, model, stage, work.teacher_mean) for stage in stages]
-    # of each response row the student's logits and both gradients, and the teacher's logits
-    heads = Cost(work.student_mean.num_response_rows * 2 * stages[-1].num_head * 4, 0.0)
-    student[-1] = student[-1] + heads
 
-    num, ranks = work.num_microbatches, config.parallel.tensor * model.data_parallel
-    student_times = [cost.seconds(peak, assume) for cost in student]
-    teacher_times = [cost.seconds(peak, assume) for cost in teacher]
-    prefill, prefill_seconds = _prefill(case, peak)
-    decode, decode_seconds = _decode(case, peak)
-    flops = {
-        "rollout": ranks * (prefill + decode),
-        "teacher": ranks * num * sum(cost.total for cost in teacher),
-        "student": ranks * num * sum(cost.total for cost in student),
-    }
-    seconds = {
-        "rollout": prefill_seconds + decode_seconds,
-        "teacher": _pipeline_seconds(teacher_times, num, chunks),
-        "student": _pipeline_seconds(student_times, num, chunks),
-        "optimizer": _update_seconds(case),
-    }
-    fill = (len(stages) - 1) / chunks
-    return Timing(flops, seconds, fill / (num + fill), student_times)
+    def __init__(self, case: Case) -> None:
+        config, hf, model, work, assume = case.config, case.hf, case.model, case.work, case.config.assume
+        megatron = model.megatron
+        peak = case.gpu.flops["bf16" if megatron.bf16 else "fp32"]
+        stages, chunks = model.stages, config.parallel.virtual_pipeline
+        assert megatron.ffn_hidden_size is not None and megatron.kv_channels is not None and megatron.num_query_groups
+        feed_forward = 3 * megatron.ffn_hidden_size
+        attention = 2 * megatron.kv_channels * (megatron.num_attention_heads + megatron.num_query_groups)
+        again = {"none": 0, "mlp": feed_forward / (feed_forward + attention), "layers": 1}[config.trainer.recompute]
+        student, teacher = [], []
+        for stage in stages:
+            cost = forward_cost(hf, megatron, stage, work.student_mean)
+            # of each response row the student's logits and both gradients, and the teacher's logits
+            head = work.student_mean.num_response_rows * 2 * stage.num_head * 4
+            language = 3 * cost.language + again * cost.language + head
+            vision = 3 * cost.vision + (cost.vision if config.trainer.recompute_vision else 0.0)
+            student.append(Cost(language, vision, 3 * cost.fp8 + again * cost.fp8))
+            teacher.append(forward_cost(hf, megatron, stage, work.teacher_mean))
 
-
-def _feed_forward_share(model: ModelCount) -> float:
-    """Share of the feed-forward part in the products of a layer."""
-    megatron = model.megatron
-    assert megatron.ffn_hidden_size is not None and megatron.kv_channels is not None and megatron.num_query_groups
-    attention = 2 * megatron.kv_channels * (megatron.num_attention_heads + megatron.num_query_groups)
-    return 3 * megatron.ffn_hidden_size / (3 * megatron.ffn_hidden_size + attention)
+        num, ranks = work.num_microbatches, config.parallel.tensor * model.data_parallel
+        self.stage_seconds = [cost.seconds(peak, assume) for cost in student]
+        """Seconds of the student's forward and backward pass on one mean microbatch, by stage."""
+        prefill, prefill_seconds = _prefill(case, peak)
+        decode, decode_seconds = _decode(case, peak)
+        self.flops = {
+            "rollout": ranks * (prefill + decode),
+            "teacher": ranks * num * sum(cost.total for cost in teacher),
+            "student": ranks * num * sum(cost.total for cost in student),
+        }
+        """Operations of all GPUs by phase; the vision tower counts once for every tensor-parallel rank that runs it."""
+        self.seconds = {
+            "rollout": prefill_seconds + decode_seconds,
+            "teacher": _pipeline_seconds([cost.seconds(peak, assume) for cost in teacher], num, chunks),
+            "student": _pipeline_seconds(self.stage_seconds, num, chunks),
+            "optimizer": _update_seconds(case),
+        }
+        self.step_seconds = sum(self.seconds.values())
+        fill = (len(stages) - 1) / chunks
+        self.bubble = fill / (num + fill)
+        """Share of the student's pass in which a stage waits because the pipeline fills or drains."""
 
 
 def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) -> float:
@@ -133,16 +111,12 @@ def _pipeline_seconds(times: list[float], num_microbatches: int, chunks: int) ->
 
 def _prefill(case: Case, peak: float) -> tuple[float, float]:
     """(operations of one model-parallel group's rank 0s, seconds) of computing every prompt once."""
-    work, prompt = case.work, case.work.student
-    passes = -(-work.num_prompts // prompts_of_a_pass(work, prompt))
-    size = work.num_prompts / passes
-    tokens, images, patches = (
-        round(size * n) for n in (prompt.num_tokens, prompt.num_image_tokens, prompt.num_patches)
-    )
-    packed = Packed(max(1, round(size)), tokens, max(1, round(size)), images, patches, 0)
-    costs = [forward_cost(case.hf, case.model, stage, packed, sampling=True) for stage in case.model.stages]
+    work = case.work
+    passes = -(-work.num_prompts // prompts_of_a_pass(work, work.student))
+    packed = work.student.packed(work.num_prompts / passes)
+    costs = [forward_cost(case.hf, case.model.megatron, stage, packed, sampling=True) for stage in case.model.stages]
     total = passes * sum(cost.total for cost in costs)
-    return total, _pipeline_seconds([cost.seconds(peak, case.assume) for cost in costs], passes, 1)
+    return total, _pipeline_seconds([cost.seconds(peak, case.config.assume) for cost in costs], passes, 1)
 
 
 def _decode(case: Case, peak: float) -> tuple[float, float]:
@@ -151,14 +125,14 @@ def _decode(case: Case, peak: float) -> tuple[float, float]:
     Each token of a batch reads a stage's weights and the batch's keys and values once; launching the kernels of a layer
     takes `decode_layer_seconds` whatever they compute.
     """
-    model, work, assume, decoding = case.model, case.work, case.assume, case.work.decoding
+    model, work, assume, decoding = case.model, case.work, case.config.assume, case.work.decoding
     e, prompts = element_bytes(model.megatron), min(work.num_prompts / decoding.num_batches, decoding.num_prompts)
     rows = prompts * work.n
     speed = case.gpu.bandwidth * assume.bandwidth_efficiency
     positions = round(prompts * work.student.num_tokens + rows * work.longest_response / 2)
     times, operations = [], 0.0
     for stage in model.stages:
-        layers = sum(stage.chunk_layers)
+        layers = stage.num_layers
         weights = layers * stage.num_layer_weights + stage.num_head
         cache = kv_cache_bytes(model.megatron, layers, positions)
         work_seconds = max((e * weights + cache) / speed, 2 * rows * weights / (peak * assume.efficiency))
@@ -173,11 +147,11 @@ def _decode(case: Case, peak: float) -> tuple[float, float]:
 
 def _update_seconds(case: Case) -> float:
     """Gradients reduced, weights and the teacher's weights gathered, every state read and written once."""
-    model, assume = case.model, case.assume
+    model, assume = case.model, case.config.assume
     e, size = element_bytes(model.megatron), model.data_parallel
     own_teacher = case.config.distill.teacher.kind not in ("current", "fixed", "trust_region")
     crossing = 4 + e + (e if own_teacher else 0)
-    fullest = max(stage.buffers.num_padded for stage in model.stages)
+    fullest = max(stage.num_padded for stage in model.stages)
     sent = crossing * fullest * (size - 1) / size
     touched = fullest * 8 + fullest / size * 48
     return sent / assume.network_bytes_per_second + touched / (case.gpu.bandwidth * assume.bandwidth_efficiency)

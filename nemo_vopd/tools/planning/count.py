@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from nemo_vopd.config import Config, ParallelConfig
+from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.stage import Stage
@@ -25,37 +22,31 @@ from nemo_vopd.vlm.build import build_stage, freeze, hf_config
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """One rank's flat buffers of the trainable parameters, as Megatron's DDP and distributed optimizer lay them out."""
-
-    num_padded: int
-    """Elements of the weight buffer, and of the gradient buffer."""
-    num_owned: int
-    """Parameter elements the fullest data-parallel rank owns: main weights, both moments, the teacher's average."""
-
-
-@dataclass(frozen=True)
 class StageCount:
-    """What one rank of a pipeline stage holds."""
+    """What one rank of a pipeline stage holds; its buffers are those of Megatron's DDP and distributed optimizer."""
 
     num_parameters: int
     """Elements on this rank; the tower and the norms are copies on every tensor-parallel rank."""
     num_frozen: int
-    buffers: Buffers
+    num_padded: int
+    """Elements of the weight buffer, and of the gradient buffer, of the trainable parameters."""
+    num_owned: int
+    """Parameter elements the fullest data-parallel rank owns: main weights, both moments, the teacher's average."""
     chunk_layers: tuple[int, ...]
     """Language layers of each chunk, in order of depth."""
     num_layer_weights: int
     """Elements of one language layer's matrices on this rank (0 without a layer)."""
-    num_text: int
-    """Elements of the language model, its embedding and head included."""
-    num_vision: int
-    """Elements of the tower and its projector (0 after the first stage)."""
     num_vision_blocks: int
-    """Elements of the tower's matrices that every patch passes."""
+    """Elements of the tower's matrices that every patch passes (0 after the first stage)."""
     num_merger: int
     """Elements of the projector's matrices: one product for each image token."""
     num_head: int
     """Elements of the head's rows on this rank (0 before the last stage)."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of language layers."""
+        return sum(self.chunk_layers)
 
 
 @dataclass(frozen=True)
@@ -80,79 +71,66 @@ def architecture(config: Config) -> Any:
     return AutoConfig.for_model(kind, **contents)
 
 
-@contextlib.contextmanager
-def simulated(config: ParallelConfig, rank: int, world_size: int) -> Iterator[ProcessGroupCollection]:
-    """Process groups of `rank` in a world that does not exist: collectives return at once."""
-    assert not dist.is_initialized(), "a plan is made in a process of its own"
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield parallel.initialize(config, seed=0)
-    finally:
-        parallel.destroy()
-
-
 def count_model(config: Config, hf: Any, world_size: int) -> ModelCount:
     """Build every stage and count. Raises OptionError when the sizes do not divide."""
     cpu.activate()
     parallel.check_world(config.parallel, world_size)
     # Transformer Engine fuses norms into linear layers under other names: the same parameters, and it needs a GPU
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_spec="local"))
-    num_stages = config.parallel.pipeline
-    stages, totals, megatron = [], {"text": 0, "vision": 0}, None
+    num_stages, tensor = config.parallel.pipeline, config.parallel.tensor
+    data_parallel = world_size // (tensor * num_stages)
+    stages, totals, megatron = [], [0, 0], None
+    assert not dist.is_initialized(), "a plan is made in a process of its own"
     for number in range(num_stages):
         rank = number * (world_size // num_stages)  # Megatron numbers tensor, then data, then pipeline ranks
-        with simulated(config.parallel, rank, world_size) as groups, torch.device("meta"):
-            stage = build_stage(hf, config, groups)
+        # a world that does not exist: its collectives return at once
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            groups = parallel.initialize(config.parallel, seed=0)
+            with torch.device("meta"):
+                stage = build_stage(hf, config, groups)
             freeze(stage, config.model.freeze)
-            for part, number_of in _totals(stage, config.parallel.tensor).items():
-                totals[part] += number_of
-            stages.append(count_stage(stage, groups.dp_cp.size()))
+            for name, parameter in stage.named_parameters():
+                # neither replicas nor a tied embedding's second appearance count
+                rule = stage.weight_rule(name)
+                copies = 1 if rule.split == "replicated" else tensor
+                totals[".vision." in name] += parameter.numel() * copies * rule.export
+            stages.append(count_stage(stage, data_parallel))
             megatron = stage.config
+        finally:
+            parallel.destroy()
     assert megatron is not None
-    data_parallel = world_size // (config.parallel.tensor * num_stages)
-    return ModelCount(totals["text"], totals["vision"], stages, megatron, data_parallel)
-
-
-def _totals(stage: Stage, tensor: int) -> dict[str, int]:
-    """Elements of the model without copies: neither replicas nor a tied embedding's second appearance count."""
-    totals = {"text": 0, "vision": 0}
-    for name, parameter in stage.named_parameters():
-        rule = stage.weight_rule(name)
-        copies = 1 if rule.split == "replicated" else tensor
-        totals["vision" if _is_vision(name) else "text"] += parameter.numel() * copies * rule.export
-    return totals
-
-
-def _is_vision(name: str) -> bool:
-    return ".vision." in name
+    return ModelCount(totals[False], totals[True], stages, megatron, data_parallel)
 
 
 def count_stage(stage: Stage, data_parallel: int) -> StageCount:
     """Count one rank's `stage`, on any device; frozen parameters are those without gradient."""
     named = dict(stage.named_parameters())
-    vision = {name: p for name, p in named.items() if _is_vision(name)}
-    matrices = {name: p.numel() for name, p in vision.items() if p.dim() > 1}
-    merger = sum(num for name, num in matrices.items() if "merger" in name)
+    matrices = {name: p.numel() for name, p in named.items() if p.dim() > 1}
+    vision = {name: num for name, num in matrices.items() if ".vision." in name}
+    merger = sum(num for name, num in vision.items() if "merger" in name)
     chunk_layers = tuple(len(chunk.language.decoder.layers) for chunk in stage.chunks)
-    layers = [p.numel() for name, p in named.items() if ".decoder.layers." in name and p.dim() > 1]
+    layers = sum(num for name, num in matrices.items() if ".decoder.layers." in name)
+    padded, owned = zip(*(_buffers(list(chunk.parameters()), data_parallel) for chunk in stage.chunks), strict=True)
     last = stage.chunks[-1]
-    buffers = [_buffers(list(chunk.parameters()), data_parallel) for chunk in stage.chunks]
     return StageCount(
         num_parameters=sum(p.numel() for p in named.values()),
         num_frozen=sum(p.numel() for p in named.values() if not p.requires_grad),
-        buffers=Buffers(sum(b.num_padded for b in buffers), sum(b.num_owned for b in buffers)),
+        num_padded=sum(padded),
+        num_owned=sum(owned),
         chunk_layers=chunk_layers,
-        num_layer_weights=sum(layers) // sum(chunk_layers),
-        num_text=sum(p.numel() for name, p in named.items() if name not in vision),
-        num_vision=sum(p.numel() for p in vision.values()),
-        num_vision_blocks=sum(matrices.values()) - merger,
+        num_layer_weights=layers // max(1, sum(chunk_layers)),
+        num_vision_blocks=sum(vision.values()) - merger,
         num_merger=merger,
         num_head=last.output_weight().numel() if last.post_process else 0,
     )
 
 
-def _buffers(parameters: list[torch.nn.Parameter], data_parallel: int) -> Buffers:
-    """As Megatron's `_ParamAndGradBuffer` without overlap: one bucket, and one for each tied embedding."""
+def _buffers(parameters: list[torch.nn.Parameter], data_parallel: int) -> tuple[int, int]:
+    """(elements, those of the fullest rank) of a chunk's buffer.
+
+    As Megatron's `_ParamAndGradBuffer` without overlap: one bucket, and one for each tied embedding.
+    """
     ranges: list[tuple[int, int]] = []
     bounds, end, divisor = [0], 0, math.lcm(data_parallel, 128)
     for parameter in reversed([p for p in parameters if p.requires_grad]):
@@ -173,7 +151,7 @@ def _buffers(parameters: list[torch.nn.Parameter], data_parallel: int) -> Buffer
         for rank in range(data_parallel):
             left = low + rank * width
             owned[rank] += sum(max(0, min(left + width, b) - max(left, a)) for a, b in ranges)
-    return Buffers(bounds[-1], max(owned, default=0))
+    return bounds[-1], max(owned, default=0)
 
 
 def _up(number: int, multiple: int) -> int:

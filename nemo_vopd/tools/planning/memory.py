@@ -15,7 +15,6 @@ and r = t under sequence parallelism, else 1, a language layer keeps for each to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -39,21 +38,6 @@ PHASES = {
 """Kinds that exist in one phase of a step only; all others exist always."""
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """One GPU of a pipeline stage."""
-
-    kinds: dict[str, int]
-    """Bytes by kind."""
-    phases: dict[str, int]
-    """Bytes that exist together in each phase of a step."""
-
-    @property
-    def total(self) -> int:
-        """Bytes in the fullest phase."""
-        return max(self.phases.values())
-
-
 def element_bytes(megatron: TransformerConfig) -> int:
     """Bytes of one weight or activation."""
     return 2 if megatron.bf16 else 4
@@ -61,15 +45,15 @@ def element_bytes(megatron: TransformerConfig) -> int:
 
 def fixed_bytes(stage: StageCount, megatron: TransformerConfig, teacher_kind: str) -> dict[str, int]:
     """Bytes of what exists for the whole run: weights, gradients, optimizer and teacher."""
-    e, buffers = element_bytes(megatron), stage.buffers
+    e = element_bytes(megatron)
     main = 4 if e == 2 else 0  # in float32 runs the weights are the main weights
     own_teacher = teacher_kind != "current"
     return {
-        "weights": e * (buffers.num_padded + stage.num_frozen),
-        "gradients": 4 * buffers.num_padded,
-        "optimizer": (main + 8) * buffers.num_owned,
+        "weights": e * (stage.num_padded + stage.num_frozen),
+        "gradients": 4 * stage.num_padded,
+        "optimizer": (main + 8) * stage.num_owned,
         # float32 shards, and a copy of the weights; frozen ones are the student's
-        "teacher": 4 * buffers.num_owned + e * buffers.num_padded if own_teacher else 0,
+        "teacher": 4 * stage.num_owned + e * stage.num_padded if own_teacher else 0,
     }
 
 
@@ -80,73 +64,64 @@ def kv_cache_bytes(megatron: TransformerConfig, num_layers: int, num_tokens: int
     return 2 * num_layers * groups * megatron.kv_channels * element_bytes(megatron) * num_tokens
 
 
-def id_bytes(packed: Packed) -> int:
-    """Bytes of one microbatch's token ids, three positions, response rows and their tokens (int64), and log-probs."""
-    return 32 * packed.num_tokens + 20 * packed.num_response_rows
+class StageMemory:
+    """One GPU of a pipeline stage."""
 
+    def __init__(self, case: Case, number: int) -> None:
+        """`number` is that of the stage."""
+        config, hf, model, work, teacher = case.config, case.hf, case.model, case.work, case.config.distill.teacher
+        stage, megatron, num_stages = model.stages[number], model.megatron, len(model.stages)
+        e, hidden = element_bytes(megatron), megatron.hidden_size
+        law = ActivationLaw(config, hf, megatron, transformer_engine=config.model.layer_spec != "local")
+        first, last = number == 0, number == num_stages - 1
+        kinds = self.kinds = fixed_bytes(stage, megatron, teacher.kind)
+        """Bytes by kind."""
+        if megatron.fp8:
+            # cast once for all microbatches of a pass: as they are for both passes, turned for one backward
+            kinds["fp8_weights"] = (3 if teacher.kind != "current" else 2) * stage.num_layer_weights * stage.num_layers
 
-def patch_bytes(packed: Packed, vision: Any) -> int:
-    """Bytes of the float32 patches of one microbatch, as the loader makes them."""
-    return 4 * patch_width(vision) * packed.num_patches
+        ends = len(stage.chunk_layers) - 1
+        chunks = [
+            law.stage_bytes(work.student_most, num, first=first and index == 0, last=last and index == ends)
+            for index, num in enumerate(stage.chunk_layers)
+        ]
+        kinds["activations"] = most_alive(work.num_microbatches, num_stages, number, chunks)
+        patches = 4 * patch_width(hf.vision_config) * work.student_most.num_patches if first else 0  # in float32
+        kinds["workspace"] = law.workspace(work.student_most, first) + patches
+        teacher_states = 2 * e * hidden * work.teacher_most.num_tokens
+        kinds["teacher_activations"] = law.workspace(work.teacher_most, first) + teacher_states
+        rows = work.num_sequences * work.response_tokens
+        kinds["teacher_hidden"] = e * hidden * rows if last and not teacher.offload else 0
+        kinds["loss"] = 0
+        if last:
+            # float32 logits of one chunk under both policies, and the gradient of the response rows' hidden states;
+            # before the teacher's are there torch.topk takes as much as 2.25 copies (docs/benchmarks.md)
+            rows, head_rows = work.student_most.num_response_rows, stage.num_head // hidden
+            chunk = min(config.distill.chunk_tokens or default_chunk_tokens(head_rows, "cuda"), rows)
+            num_float32 = 2 if config.distill.top_k is None else 3.25
+            kinds["loss"] = int(chunk * head_rows * 4 * num_float32) + e * rows * hidden
+        # token ids, three positions, response rows and their tokens (int64), and log-probs of both views; patches stay
+        # in host memory until the first stage runs their microbatch
+        views = work.student_mean, work.teacher_mean
+        ids = sum(32 * packed.num_tokens + 20 * packed.num_response_rows for packed in views)
+        kinds["microbatches"] = work.num_microbatches * ids
 
+        decoding, longest = work.decoding, work.longest_prompt
+        positions = decoding.num_positions * decoding.num_batches
+        kinds["kv_cache"] = kv_cache_bytes(megatron, stage.num_layers, positions)
+        per_logit = _SAMPLING_BYTES + (_SORTING_BYTES if config.rollout.top_p < 1 else 0) + 2 * e
+        sampling = decoding.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
+        prompts = longest.packed(prompts_of_a_pass(work, longest))
+        kinds["rollout_workspace"] = max(law.workspace(prompts, first), sampling)
 
-def loss_bytes(config: Config, stage: StageCount, hidden: int, e: int, num_rows: int) -> int:
-    """Bytes of one chunk's float32 logits of both policies, and of the gradient of the response rows' hidden states.
-
-    torch.topk takes as much as 2.25 copies of the logits (docs/benchmarks.md), before the teacher's are there.
-    """
-    rows_of_head = stage.num_head // hidden
-    chunk = config.distill.chunk_tokens or default_chunk_tokens(rows_of_head, "cuda")
-    logits = min(chunk, num_rows) * rows_of_head
-    num_float32 = 2 if config.distill.top_k is None else 3.25
-    return int(logits * 4 * num_float32) + e * num_rows * hidden
-
-
-def stage_memory(case: Case, number: int) -> StageMemory:
-    """Bytes on one GPU of stage `number`."""
-    config, hf, model, work = case.config, case.hf, case.model, case.work
-    stage, megatron, num_stages = model.stages[number], model.megatron, len(model.stages)
-    e, hidden = element_bytes(megatron), megatron.hidden_size
-    law = activation_law(config, hf, megatron, transformer_engine=config.model.layer_spec != "local")
-    first, last = number == 0, number == num_stages - 1
-    kinds = fixed_bytes(stage, megatron, config.distill.teacher.kind)
-    if megatron.fp8:  # cast once for all microbatches of a pass: as they are for both passes, turned for one backward
-        copies = 3 if config.distill.teacher.kind != "current" else 2
-        kinds["fp8_weights"] = copies * stage.num_layer_weights * sum(stage.chunk_layers)
-
-    ends = len(stage.chunk_layers) - 1
-    chunks = [
-        law.stage_bytes(work.student_most, num, first=first and index == 0, last=last and index == ends)
-        for index, num in enumerate(stage.chunk_layers)
-    ]
-    kinds["activations"] = most_alive(work.num_microbatches, num_stages, number, chunks)
-    kinds["workspace"] = _one_layer(law, work.student_most, first)
-    if first:
-        kinds["workspace"] += patch_bytes(work.student_most, hf.vision_config)
-    kinds["teacher_activations"] = _one_layer(law, work.teacher_most, first) + 2 * e * hidden * (
-        work.teacher_most.num_tokens
-    )
-    rows = work.num_sequences * work.response_tokens
-    kinds["teacher_hidden"] = e * hidden * rows if last and not config.distill.teacher.offload else 0
-    kinds["loss"] = loss_bytes(config, stage, hidden, e, work.student_most.num_response_rows) if last else 0
-    # patches stay in host memory until the first stage runs their microbatch
-    kinds["microbatches"] = work.num_microbatches * (id_bytes(work.student_mean) + id_bytes(work.teacher_mean))
-
-    decoding, longest = work.decoding, work.longest_prompt
-    positions = decoding.num_positions * decoding.num_batches
-    kinds["kv_cache"] = kv_cache_bytes(megatron, sum(stage.chunk_layers), positions)
-    num = prompts_of_a_pass(work, longest)
-    prompts = Packed(num, num * longest.num_tokens, num, num * longest.num_image_tokens, num * longest.num_patches, 0)
-    per_logit = _SAMPLING_BYTES + (_SORTING_BYTES if config.rollout.top_p < 1 else 0) + 2 * e
-    sampling = decoding.num_prompts * work.n * hf.text_config.vocab_size * per_logit if last else 0
-    kinds["rollout_workspace"] = max(_one_layer(law, prompts, first), sampling)
-
-    kinds["reserve"] = int(case.assume.reserve * case.gpu.memory_bytes)
-    kinds["context"] = int(case.assume.context_gib * GIB)
-    passing = {kind for names in PHASES.values() for kind in names}
-    always = sum(number for kind, number in kinds.items() if kind not in passing)
-    phases = {phase: always + sum(kinds[kind] for kind in names) for phase, names in PHASES.items()}
-    return StageMemory(kinds, phases)
+        kinds["reserve"] = int(config.assume.reserve * case.gpu.memory_bytes)
+        kinds["context"] = int(config.assume.context_gib * GIB)
+        passing = {kind for names in PHASES.values() for kind in names}
+        always = sum(num_bytes for kind, num_bytes in kinds.items() if kind not in passing)
+        self.phases = {phase: always + sum(kinds[kind] for kind in names) for phase, names in PHASES.items()}
+        """Bytes that exist together in each phase of a step."""
+        self.total = max(self.phases.values())
+        """Bytes in the fullest phase."""
 
 
 def prompts_of_a_pass(work: Workload, prompt: Prompt) -> int:
@@ -154,47 +129,64 @@ def prompts_of_a_pass(work: Workload, prompt: Prompt) -> int:
     return max(1, min(work.decoding.num_prompts, PROMPT_TOKENS["cuda"] // prompt.num_tokens))
 
 
-def _one_layer(law: ActivationLaw, packed: Packed, first: bool) -> int:
-    """Bytes in use while one layer, or one block of the tower, computes."""
-    return max(packed.num_tokens * law.layer, packed.num_patches * law.tower_block if first else 0)
-
-
-def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
+def host_bytes(case: Case) -> dict[str, int]:
     """Host memory of one node by kind, the processes of its GPUs together."""
-    config, hf, model, work = case.config, case.hf, case.model, case.work
-    images = 4 * patch_width(hf.vision_config) * (work.student.num_patches + work.teacher.num_patches)
-    per_step = sum(patch_bytes(packed, hf.vision_config) for packed in (work.student_mean, work.teacher_mean))
+    config, model, work, patch = case.config, case.model, case.work, 4 * patch_width(case.hf.vision_config)
+    patches = work.student_mean.num_patches + work.teacher_mean.num_patches
     kinds = {
-        "processes": int(case.assume.host_process_gib * GIB),
+        "processes": int(config.assume.host_process_gib * GIB),
         # the step's prompts, those the loader prepares meanwhile, and their copies for the n responses
-        "prompts": 2 * work.num_prompts * images,
-        "microbatches": work.num_microbatches * per_step,
+        "prompts": 2 * work.num_prompts * patch * (work.student.num_patches + work.teacher.num_patches),
+        "microbatches": work.num_microbatches * patch * patches,
     }
     if config.distill.teacher.offload:
         rows = work.num_sequences * work.response_tokens
         kinds["teacher_hidden"] = element_bytes(model.megatron) * model.megatron.hidden_size * rows
     if config.checkpoint.asynchronous:
         teacher = 4 if config.distill.teacher.kind != "current" else 0
-        kinds["checkpoint_copy"] = (12 + teacher) * max(stage.buffers.num_owned for stage in model.stages)
-    return {kind: gpus_per_node * number for kind, number in kinds.items()}
+        kinds["checkpoint_copy"] = (12 + teacher) * max(stage.num_owned for stage in model.stages)
+    return {kind: config.gpus_per_node * number for kind, number in kinds.items()}
 
 
-@dataclass(frozen=True)
 class ActivationLaw:
-    """Activations of each token or patch on one rank."""
+    """Bytes of activations of each token or patch on one rank: the module's law for the layers of `megatron`."""
 
-    layer: int
-    """Bytes of one language layer for each token."""
-    final_norm: int
-    """Bytes of the norm after the last layer for each token."""
-    kept: int
-    """Bytes of one language layer for each token until the backward pass, fewer with `trainer.recompute`."""
-    boundary: int
-    """Bytes of the hidden states that a stage receives or sends and keeps for the backward pass, for each token."""
-    tower: int
-    """Bytes of the whole vision tower for each patch; 0 when neither it nor its projector is trained."""
-    tower_block: int
-    """Bytes of one block of the tower for each patch."""
+    def __init__(self, config: Config, hf: Any, megatron: TransformerConfig, *, transformer_engine: bool) -> None:
+        """`transformer_engine` says whether the layers are its or our own."""
+        e, t = element_bytes(megatron), megatron.tensor_model_parallel_size
+        heads, groups, d = megatron.num_attention_heads, megatron.num_query_groups, megatron.kv_channels
+        assert groups is not None and d is not None and megatron.ffn_hidden_size is not None
+        hidden = megatron.hidden_size / (t if megatron.sequence_parallel else 1)
+        norm = 2 * e if transformer_engine else 4 + 2 * e
+        attention = e * (heads + 2 * groups) * d + e * (heads + groups) * d + e * heads * d + 4 * heads
+        if megatron.qk_layernorm:
+            attention += norm * (heads + groups) * d
+        feed_forward = 3 * e * megatron.ffn_hidden_size / t
+        layer = 2 * norm * hidden + attention / t + feed_forward + 4 * e * d
+        self.layer = round(layer)
+        """One language layer for each token."""
+        # computed again from its input: the norm's output, or the hidden states and the angles
+        self.kept = round({"none": layer, "mlp": layer - feed_forward, "layers": e * hidden}[config.trainer.recompute])
+        """One language layer for each token until the backward pass."""
+        self.final_norm = round((e if transformer_engine else 4 + e) * hidden)
+        """The norm after the last layer for each token."""
+        self.boundary = round(e * hidden)
+        """Hidden states that a stage receives or sends and keeps for the backward pass, for each token."""
+
+        vision, freeze = hf.vision_config, config.model.freeze
+        width, gated = vision.hidden_size, vision.hidden_act == "silu"
+        # Hugging Face's tower, which tensor-parallel ranks do not divide. RMSNorm is written out, as in our own layers;
+        # LayerNorm keeps its input, its output is the next product's
+        block = 2 * (4 + 2 * e if gated else 2 * e) * width + 6 * e * width + 4 * vision.num_heads
+        self.tower_block = block + (4 if gated else 2) * e * vision.intermediate_size
+        """One block of the tower for each patch."""
+        self.tower = 0
+        """The whole vision tower for each patch; 0 when neither it nor its projector is trained."""
+        if not freeze.vision:
+            kept = e * width if config.trainer.recompute_vision else self.tower_block  # its input
+            self.tower += vision.depth * kept + e * patch_width(vision) + 8 * (width // vision.num_heads)
+        if self.tower or not freeze.projector:
+            self.tower += (4 + 4 * e) * width
 
     def stage_bytes(self, packed: Packed, num_layers: int, *, first: bool, last: bool) -> int:
         """Bytes that one microbatch keeps alive in a chunk of `num_layers` layers."""
@@ -202,52 +194,9 @@ class ActivationLaw:
         each = num_layers * self.kept + last * self.final_norm + self.boundary * ((not first) + (not last))
         return packed.num_tokens * each + first * packed.num_patches * self.tower
 
-
-def activation_law(config: Config, hf: Any, megatron: TransformerConfig, *, transformer_engine: bool) -> ActivationLaw:
-    """The module's law for the layers of `megatron`, Transformer Engine's or our own."""
-    e = 2 if megatron.bf16 else 4
-    t = megatron.tensor_model_parallel_size
-    split = t if megatron.sequence_parallel else 1
-    heads, groups, d = megatron.num_attention_heads, megatron.num_query_groups, megatron.kv_channels
-    assert groups is not None and d is not None and megatron.ffn_hidden_size is not None
-    hidden = megatron.hidden_size
-    norm = 2 * e if transformer_engine else 4 + 2 * e
-    attention = e * (heads + 2 * groups) * d + e * (heads + groups) * d + e * heads * d + 4 * heads
-    if megatron.qk_layernorm:
-        attention += norm * (heads + groups) * d
-    feed_forward = 3 * e * megatron.ffn_hidden_size / t
-    layer = 2 * norm * hidden / split + attention / t + feed_forward + 4 * e * d
-    # computed again from its input: the norm's output, or the hidden states and the angles
-    kept = {"none": layer, "mlp": layer - feed_forward, "layers": e * hidden / split}[config.trainer.recompute]
-    vision = hf.vision_config
-    block = _tower_block(vision, e)
-    options = config.model.freeze
-    kept_block = e * vision.hidden_size if config.trainer.recompute_vision else block  # its input
-    tower = (
-        0
-        if options.vision
-        else vision.depth * kept_block + e * patch_width(vision) + 8 * (vision.hidden_size // vision.num_heads)
-    )
-    if not options.projector or tower:
-        tower += (4 + 2 * e) * vision.hidden_size + 2 * e * vision.hidden_size
-    return ActivationLaw(
-        layer=round(layer),
-        kept=round(kept),
-        final_norm=round((e if transformer_engine else 4 + e) * hidden / split),
-        boundary=round(e * hidden / split),
-        tower=tower,
-        tower_block=block,
-    )
-
-
-def _tower_block(vision: Any, e: int) -> int:
-    """Bytes of a block of Hugging Face's tower for each patch; tensor-parallel ranks do not divide it."""
-    width = vision.hidden_size
-    gated = vision.hidden_act == "silu"
-    # RMSNorm written out, as in our own layers; LayerNorm keeps its input, its output is the next product's
-    norms = 2 * (4 + 2 * e if gated else 2 * e) * width
-    attention = 6 * e * width + 4 * vision.num_heads
-    return norms + attention + (4 if gated else 2) * e * vision.intermediate_size
+    def workspace(self, packed: Packed, first: bool) -> int:
+        """Bytes in use while one layer, or one block of the tower, computes."""
+        return max(packed.num_tokens * self.layer, packed.num_patches * self.tower_block if first else 0)
 
 
 def most_alive(num_microbatches: int, num_stages: int, stage: int, chunk_bytes: list[int]) -> int:

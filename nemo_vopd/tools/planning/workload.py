@@ -6,19 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_vopd.config import Config, PixelConfig
+from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.planning.assumptions import Assumptions, Gpu
-from nemo_vopd.tools.planning.count import ModelCount
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Sizes of one prompt as one policy sees it."""
-
-    num_tokens: int
-    num_image_tokens: int
-    num_patches: int
+from nemo_vopd.tools.planning.assumptions import GPUS, Assumptions, PlanConfig
+from nemo_vopd.tools.planning.count import architecture, count_model
 
 
 @dataclass(frozen=True)
@@ -37,6 +28,22 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Sizes of one prompt as one policy sees it."""
+
+    num_tokens: int
+    num_image_tokens: int
+    num_patches: int
+
+    def packed(self, num: float) -> Packed:
+        """The mean pass over `num` such prompts, without responses."""
+        count = max(1, round(num))
+        sizes = (round(num * size) for size in (self.num_tokens, self.num_image_tokens, self.num_patches))
+        num_tokens, num_image_tokens, num_patches = sizes
+        return Packed(count, num_tokens, count, num_image_tokens, num_patches, 0)
+
+
+@dataclass(frozen=True)
 class DecodingBatches:
     """Continuous batching of a rank's prompts: one batch for each pipeline stage, refilled as responses end."""
 
@@ -47,131 +54,85 @@ class DecodingBatches:
     """Positions in each batch's KV cache."""
 
 
-@dataclass(frozen=True)
 class Workload:
     """One step of one data-parallel rank."""
 
-    num_prompts: int
-    n: int
-    response_tokens: int
-    longest_response: int
-    student: Prompt
-    teacher: Prompt
-    longest_prompt: Prompt
-    """The longest prompt of the full view."""
-    longest_teacher_prompt: Prompt
-    num_microbatches: int
-    student_mean: Packed
-    """The average microbatch, which decides the time."""
-    teacher_mean: Packed
-    student_most: Packed
-    """The largest microbatch, which decides the memory."""
-    teacher_most: Packed
-    decoding: DecodingBatches
+    def __init__(self, config: Config, hf: Any, data_parallel: int, assume: Assumptions) -> None:
+        """Raises OptionError when the prompts do not divide."""
+        size, self.n = config.data.batch_size, config.rollout.n
+        if size % data_parallel:
+            below = size // data_parallel * data_parallel
+            above = below + data_parallel
+            rule = f"must be divisible by the data-parallel size {data_parallel}"
+            raise OptionError("data.batch_size", size, rule, f"set it to {below or above} or {above}")
+        self.num_prompts = size // data_parallel
+        self.num_sequences = self.num_prompts * self.n
+        """Pairs of prompt and response, once for each view."""
+        self._config, self._merge = config, hf.vision_config.spatial_merge_size
+        self._side = int(hf.vision_config.patch_size) * self._merge
 
-    @property
-    def num_sequences(self) -> int:
-        """Prompt and response, once for each view."""
-        return self.num_prompts * self.n
+        mean_sizes = assume.text_tokens, assume.full_image_tokens, assume.crop_image_tokens
+        self.student, self.teacher = self._both_views(*mean_sizes)
+        self.longest_prompt, longest_teacher = self._both_views(assume.longest_text_tokens, None, None)
+        """The longest prompt of the full view; another one may be the teacher's."""
+        self.longest_response = config.rollout.max_response_length
+        self.response_tokens = min(assume.response_tokens, self.longest_response)
+        self.widest = max(self.longest_prompt.num_tokens, longest_teacher.num_tokens) + self.longest_response
+        """Tokens of the longest prompt of either view and the longest response."""
 
+        # both views share a microbatch's sequences, and the wider one decides how many fit
+        self._prompt_width = max(self.student.num_tokens, self.teacher.num_tokens)
+        self._fit = max(1, config.trainer.max_tokens_per_microbatch // (self._prompt_width + self.response_tokens))
+        self._num_parts = self.num_prompts * math.ceil(self.n / self._fit)
+        num_microbatches = math.ceil(self._num_parts / _parts_together(self._fit, self.n))
+        # the average microbatch decides the time, the largest one the memory
+        self.student_mean, self.teacher_mean = (
+            self._mean(prompt, num_microbatches) for prompt in (self.student, self.teacher)
+        )
+        self.student_most = self._largest(self.student, self.longest_prompt)
+        self.teacher_most = self._largest(self.teacher, longest_teacher)
+        rest = -num_microbatches % config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 0
+        self.num_microbatches = num_microbatches + rest
+        """Number of microbatches; the interleaved schedule fills them up to whole rounds of the pipeline."""
+        self.decoding = self._decoding_batches()
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration on one kind of GPU: what memory and time follow from."""
+    def _both_views(self, text: int, full: int | None, crop: int | None) -> list[Prompt]:
+        """The prompts of student and teacher; None is the largest image that the options allow."""
+        images = []
+        for limits, wanted in ((self._config.data.full, full), (self._config.data.crop_pixels, crop)):
+            most, least = limits.max_pixels // self._side**2, -(-limits.min_pixels // self._side**2)
+            images.append(max(least, most if wanted is None else min(most, wanted)))
+        seen = {"crop": images[1], "full_and_crop": sum(images)}.get(self._config.distill.teacher_view, images[0])
+        longest = self._config.data.max_prompt_length
+        return [Prompt(min(num + text, longest), num, num * self._merge**2) for num in (images[0], seen)]
 
-    config: Config
-    hf: Any
-    """The Hugging Face configuration of the model."""
-    gpu: Gpu
-    assume: Assumptions
-    world_size: int
-    model: ModelCount
-    work: Workload
-
-
-def patch_width(vision: Any) -> int:
-    """Numbers of one patch of the vision tower: colours, times temporal patch, times its area."""
-    return vision.in_channels * int(vision.temporal_patch_size) * int(vision.patch_size) ** 2
-
-
-def image_tokens(limits: PixelConfig, patch_side: int, tokens: int | None) -> int:
-    """Tokens of one image within `limits`; None is the largest image."""
-    side = patch_side**2
-    most, least = limits.max_pixels // side, -(-limits.min_pixels // side)
-    return max(least, min(most, tokens if tokens is not None else most, most))
-
-
-def workload(config: Config, hf: Any, data_parallel: int, assume: Assumptions) -> Workload:
-    """The arithmetic of one step. Raises OptionError when the prompts do not divide."""
-    if config.data.batch_size % data_parallel:
-        size = config.data.batch_size
-        below, above = size // data_parallel * data_parallel, (size // data_parallel + 1) * data_parallel
-        rule = f"must be divisible by the data-parallel size {data_parallel}"
-        raise OptionError("data.batch_size", size, rule, f"set it to {below or above} or {above}")
-    vision = hf.vision_config
-    merge = vision.spatial_merge_size
-    side = int(vision.patch_size) * merge
-
-    def prompt(text: int, *images: int) -> Prompt:
-        num_images = sum(images)
-        num_tokens = min(num_images + text, config.data.max_prompt_length)
-        return Prompt(num_tokens, num_images, num_images * merge**2)
-
-    def both_views(text: int, full_tokens: int | None, crop_tokens: int | None) -> tuple[Prompt, Prompt]:
-        full = image_tokens(config.data.full, side, full_tokens)
-        crop = image_tokens(config.data.crop_pixels, side, crop_tokens)
-        seen = {"crop": [crop], "full_and_crop": [full, crop]}.get(config.distill.teacher_view, [full])
-        return prompt(text, full), prompt(text, *seen)
-
-    student, teacher = both_views(assume.text_tokens, assume.full_image_tokens, assume.crop_image_tokens)
-    longest, longest_teacher = both_views(assume.longest_text_tokens, None, None)
-
-    longest_response = config.rollout.max_response_length
-    response = min(assume.response_tokens, longest_response)
-    num_prompts, n = config.data.batch_size // data_parallel, config.rollout.n
-    budget = config.trainer.max_tokens_per_microbatch
-    # both views share a microbatch's sequences, and the wider one decides how many fit
-    width = max(student.num_tokens, teacher.num_tokens) + response
-    fit = max(1, budget // width)
-    num_parts = num_prompts * math.ceil(n / fit)
-    num_microbatches = math.ceil(num_parts / _parts_together(fit, n))
-    per_microbatch, images_of = num_prompts * n / num_microbatches, num_parts / num_microbatches
-    if config.parallel.virtual_pipeline > 1:  # filled up to whole rounds of the pipeline
-        num_microbatches += -num_microbatches % config.parallel.pipeline
-
-    def mean(of: Prompt) -> Packed:
-        tokens, images = per_microbatch * (of.num_tokens + response), images_of * of.num_image_tokens
-        numbers = per_microbatch, tokens, images_of, images, images * merge**2, per_microbatch * response
+    def _mean(self, prompt: Prompt, num_microbatches: int) -> Packed:
+        num, num_prompts = self.num_sequences / num_microbatches, self._num_parts / num_microbatches
+        tokens, images = num * (prompt.num_tokens + self.response_tokens), num_prompts * prompt.num_image_tokens
+        numbers = num, tokens, num_prompts, images, images * self._merge**2, num * self.response_tokens
         return Packed(*map(round, numbers))
 
-    def largest(of: Prompt, longest: Prompt) -> Packed:
+    def _largest(self, prompt: Prompt, longest: Prompt) -> Packed:
         # A sequence beyond the budget has a microbatch of its own. Short responses leave room for the most images.
-        tokens = min(max(budget, widest), num_prompts * n * widest)
-        most_sequences = min(max(1, budget // max(student.num_tokens, teacher.num_tokens)), num_prompts * n)
+        budget, response = self._config.trainer.max_tokens_per_microbatch, self.response_tokens
+        tokens = min(max(budget, self.widest), self.num_sequences * self.widest)
+        most_sequences = min(max(1, budget // self._prompt_width), self.num_sequences)
         # where responses are short, more fit
-        fits = range(min(fit, most_sequences), most_sequences + 1)
-        most_prompts = max(_parts_together(number, n) for number in fits)
-        images = max(longest.num_image_tokens, most_prompts * of.num_image_tokens)
-        rows = max(longest_response, budget * response // width)
-        return Packed(most_sequences, tokens, most_prompts, images, images * merge**2, rows)
+        fits = range(min(self._fit, most_sequences), most_sequences + 1)
+        most_prompts = max(_parts_together(number, self.n) for number in fits)
+        images = max(longest.num_image_tokens, most_prompts * prompt.num_image_tokens)
+        rows = max(self.longest_response, budget * response // (self._prompt_width + response))
+        return Packed(most_sequences, tokens, most_prompts, images, images * self._merge**2, rows)
 
-    widest = max(longest.num_tokens, longest_teacher.num_tokens) + longest_response
-    return Workload(
-        num_prompts=num_prompts,
-        n=n,
-        response_tokens=response,
-        longest_response=longest_response,
-        student=student,
-        teacher=teacher,
-        longest_prompt=longest,
-        longest_teacher_prompt=longest_teacher,
-        num_microbatches=num_microbatches,
-        student_mean=mean(student),
-        teacher_mean=mean(teacher),
-        student_most=largest(student, longest),
-        teacher_most=largest(teacher, longest_teacher),
-        decoding=_decoding_batches(config, num_prompts, student.num_tokens, longest.num_tokens),
-    )
+    def _decoding_batches(self) -> DecodingBatches:
+        """As `rollout.native.engine.Decoder` divides its token budget, for prompts of one length and a longest one."""
+        pipeline, budget = self._config.parallel.pipeline, self._config.rollout.max_batch_tokens
+        num_batches = min(pipeline, self.num_prompts)
+        most = -(-self.num_prompts // num_batches)
+        responses = self.n * self.longest_response
+        cost = self.longest_prompt.num_tokens + responses
+        positions = max(cost, min(budget // pipeline, most * cost))
+        return DecodingBatches(num_batches, min(most, positions // (self.student.num_tokens + responses)), positions)
 
 
 def _parts_together(fit: int, n: int) -> int:
@@ -179,15 +140,19 @@ def _parts_together(fit: int, n: int) -> int:
 
     The n responses to a prompt stay together, or are divided into even parts that fit (`batch.split_by_token_budget`).
     """
-    num_parts = math.ceil(n / fit)
-    return fit // math.ceil(n / num_parts)
+    return fit // math.ceil(n / math.ceil(n / fit))
 
 
-def _decoding_batches(config: Config, num_prompts: int, prompt_tokens: int, longest_prompt: int) -> DecodingBatches:
-    """As `rollout.native.engine.Decoder` divides its token budget, for prompts of one length and a longest one."""
-    num_batches = min(config.parallel.pipeline, num_prompts)
-    most = -(-num_prompts // num_batches)
-    responses = config.rollout.n * config.rollout.max_response_length
-    cost = longest_prompt + responses
-    positions = max(cost, min(config.rollout.max_batch_tokens // config.parallel.pipeline, most * cost))
-    return DecodingBatches(num_batches, min(most, positions // (prompt_tokens + responses)), positions)
+class Case:
+    """One configuration on one kind of GPU: what memory and time follow from."""
+
+    def __init__(self, config: PlanConfig) -> None:
+        """Raises OptionError when sizes do not divide."""
+        self.config, self.gpu, self.hf = config, GPUS[config.gpu], architecture(config)
+        self.model = count_model(config, self.hf, config.world_size)
+        self.work = Workload(config, self.hf, self.model.data_parallel, config.assume)
+
+
+def patch_width(vision: Any) -> int:
+    """Numbers of one patch of the vision tower: colours, times temporal patch, times its area."""
+    return vision.in_channels * int(vision.temporal_patch_size) * int(vision.patch_size) ** 2

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import recipes.evaluate  # noqa: F401  registers the options
 from nemo_vopd.cli import CONF
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text, read_benchmark
+from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
+from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text
 from nemo_vopd.tools.evaluation.evaluate import evaluate
-from nemo_vopd.tools.evaluation.options import EvaluateConfig
+from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.validation import from_hydra
 from tests.distributed import run_recipe
 from tests.tools.evaluation.published import (
@@ -169,6 +170,11 @@ def test_a_wrong_column_set_says_which_column_is_missing(tmp_path, published):
     tsv(tmp_path / "empty" / "MMVP.tsv", index=[], image=[], question=[], A=[], B=[], answer=[])
     with pytest.raises(OptionError, match="holds no usable question of MMVP"):
         evaluate(served("http://localhost:9/v1", "benchmark=mmvp", f"data.path={tmp_path / 'empty'}"))
+    shutil.copytree(published["visualprobe", "json"], tmp_path / "probe")
+    for records, column in (([{"images": ["a.png"], "problem": "?"}], "solution"), ([], "images")):
+        (tmp_path / "probe" / "VisualProbe_Hard" / "val.json").write_text(json.dumps(records))
+        with pytest.raises(OptionError, match=f"VisualProbe_Hard/val.json: has no column '{column}'"):
+            evaluate(served("http://localhost:9/v1", "benchmark=visualprobe", f"data.path={tmp_path / 'probe'}"))
     cut = tmp_path / "cut" / "mmstar.parquet"
     cut.parent.mkdir()
     cut.write_bytes((published["mmstar", "parquet"] / "mmstar.parquet").read_bytes()[:-100])
@@ -191,7 +197,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path, server, reques
 
 
 def test_tsv_images_that_point_to_an_earlier_row(tmp_path):
-    from nemo_vopd.tools.evaluation.rows import read_rows
+    from nemo_vopd.tools.evaluation.benchmark_files import read_rows
     from tests.tools.evaluation.published import base64_png
 
     images = [base64_png(0), "10", base64_png(2), "10", "30"]

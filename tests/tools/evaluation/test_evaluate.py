@@ -23,11 +23,9 @@ from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import parse_meta
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, read_answers
-from nemo_vopd.tools.evaluation.benchmarks import Scoring
-from nemo_vopd.tools.evaluation.evaluate import evaluate
-from nemo_vopd.tools.evaluation.judge import read_verdict
-from nemo_vopd.tools.evaluation.models import weights_fingerprint
-from nemo_vopd.tools.evaluation.options import check
+from nemo_vopd.tools.evaluation.chat_server import read_verdict
+from nemo_vopd.tools.evaluation.evaluate import evaluate, weights_fingerprint
+from nemo_vopd.tools.evaluation.evaluate_options import check
 from nemo_vopd.tools.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.tools.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.tools.prepare.prepare import prepare
@@ -276,11 +274,11 @@ def test_the_paired_interval_covers_the_truth_and_pairing_narrows_it():
         base = made_up(rng, 300, 0.6)
         # the better model repairs a quarter of the wrong answers and spoils nothing: +10 points on average
         ours = [a if a.reply == "A" or rng.random() > 0.25 else Answer(**{**vars(a), "reply": "A"}) for a in base]
-        found = compare(ours, grade_all(ours), base, grade_all(base), Scoring(), seed=trial)
+        found = compare(ours, grade_all(ours), base, grade_all(base), seed=trial)
         low, high = found["interval"]
         covered += low <= 0.1 <= high
     assert 52 <= covered <= 60
-    alone = interval(ours, [float(a.reply == "A") for a in ours], "questions", 0)
+    alone = interval(ours, [float(a.reply == "A") for a in ours], False, 0)
     assert high - low < 0.8 * (alone[1] - alone[0])
 
 
@@ -288,10 +286,10 @@ def test_questions_about_one_image_are_drawn_together():
     rng = np.random.default_rng(1)
     single = made_up(rng, 100, 0.5)
     four = [Answer(**{**vars(a), "id": f"{a.id}/{k}", "cluster": a.id}) for a in single for k in range(4)]
-    alone, together = (interval(part, [float(a.reply == "A") for a in part], "questions", 0) for part in (single, four))
+    alone, together = (interval(part, [float(a.reply == "A") for a in part], False, 0) for part in (single, four))
     assert together == pytest.approx(alone)
     free = interval(
-        [Answer(**{**vars(a), "cluster": ""}) for a in four], [float(a.reply == "A") for a in four], "questions", 0
+        [Answer(**{**vars(a), "cluster": ""}) for a in four], [float(a.reply == "A") for a in four], False, 0
     )
     assert free[1] - free[0] < 0.6 * (together[1] - together[0])
 
@@ -304,10 +302,10 @@ def test_the_share_of_the_gap_that_is_closed():
         return [Answer(str(i), v, r, "A", "option", options) for v, replies in views for i, r in enumerate(replies)]
 
     base, ours = answers("AABBBBBBBB", "AAAAAAAAAB"), answers("AAAAAABBBB", "AAAAAAAABB")
-    found = compare(ours, grade_all(ours), base, grade_all(base), Scoring())
+    found = compare(ours, grade_all(ours), base, grade_all(base))
     assert found["difference"] == pytest.approx(0.4) and found["gap_closed"] == pytest.approx(0.4 / 0.7)
     full = [answer for answer in base if answer.view == "full"]
-    assert "gap_closed" not in compare(ours, grade_all(ours), full, grade_all(full), Scoring())
+    assert "gap_closed" not in compare(ours, grade_all(ours), full, grade_all(full))
 
 
 def test_an_interval_holds_its_accuracy():
@@ -317,7 +315,7 @@ def test_an_interval_holds_its_accuracy():
         for i in range(10)
         for k in range(4)
     ]
-    result = summarise(answers, grade_all(answers), Scoring())["full"]
+    result = summarise(answers, grade_all(answers))["full"]
     assert result["accuracy"] == 0.5 and result["interval"] == [0.5, 0.5]
 
 
@@ -326,8 +324,8 @@ def test_only_the_same_questions_are_compared():
     ours = [Answer("1", "full", "A", "A", "option", options, question="a?", cluster="x")]
     for other in ({"question": "b?"}, {"cluster": "y"}):
         theirs = [Answer(**{**vars(ours[0]), **other})]
-        assert compare(ours, grade_all(ours), theirs, grade_all(theirs), Scoring()) is None
-    assert compare(ours, grade_all(ours), ours, grade_all(ours), Scoring())["difference"] == 0
+        assert compare(ours, grade_all(ours), theirs, grade_all(theirs)) is None
+    assert compare(ours, grade_all(ours), ours, grade_all(ours))["difference"] == 0
 
 
 def test_wilson_interval():
@@ -352,7 +350,7 @@ def test_the_gap_by_size_of_the_evidence():
     assert all(a["high"] < b["low"] for a, b in zip(bins, bins[1:], strict=False))
     assert [b["full"] for b in bins] == [0, 0, 0, pytest.approx(0.7, abs=0.4), 1] and all(b["crop"] == 1 for b in bins)
     assert bins[0]["full_interval"] == pytest.approx(list(wilson(0, 10)))
-    result = summarise([*full, *crop], grades, Scoring())
+    result = summarise([*full, *crop], grades)
     assert result["by_evidence_size"] == bins
     assert result["gap"] == pytest.approx(1 - result["full"]["accuracy"]) and result["num_both_views"] == 50
     assert result["crop"]["interval"] == pytest.approx(list(wilson(50, 50)))
@@ -371,14 +369,14 @@ def test_the_gap_by_size_of_the_evidence():
 def test_a_question_with_one_view_does_not_enter_the_gap():
     full = [Answer(str(i), "full", "A", "A", "option", {"A": "", "B": ""}) for i in range(4)]
     crop = [Answer("0", "crop", "B", "A", "option", {"A": "", "B": ""})]
-    result = summarise([*full, *crop], grade_all([*full, *crop]), Scoring())
+    result = summarise([*full, *crop], grade_all([*full, *crop]))
     assert result["gap"] == -1 and result["num_both_views"] == 1 and result["full"]["accuracy"] == 1
 
 
 def test_a_small_category_that_is_not_drawn_leaves_a_finite_interval():
     answers = made_up(np.random.default_rng(3), 2, 0.5, "small") + made_up(np.random.default_rng(4), 40, 0.5, "large")
     answers = [Answer(**{**vars(a), "id": f"{a.category}{a.id}"}) for a in answers]
-    low, high = interval(answers, [float(a.reply == "A") for a in answers], "categories", 0)
+    low, high = interval(answers, [float(a.reply == "A") for a in answers], True, 0)
     assert math.isfinite(low) and low < high
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nemo_vopd.tools.evaluation.choosing import extract_option
+from nemo_vopd.tools.evaluation.chosen_option import extract_option
 from nemo_vopd.tools.evaluation.extraction import extract_yes_no, final_answer, same_text
 from tests.tools.evaluation.replies import (
     COLOURS,

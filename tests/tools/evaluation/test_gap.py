@@ -13,7 +13,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.tools.evaluation import gap as module
 from nemo_vopd.tools.evaluation.gap import measure_gap
-from nemo_vopd.tools.evaluation.results import exact_match, grade
+from nemo_vopd.tools.evaluation.questions import exact_match, grade
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from nemo_vopd.cli import CONF
 from nemo_vopd.config import Config
+from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
 from nemo_vopd.validation import from_hydra
 from tests.distributed import ROOT, run_distributed, run_recipe
@@ -70,7 +71,7 @@ def measure(config: Config) -> dict:
     from nemo_vopd.mcore.schedule import student_pass, teacher_pass
     from nemo_vopd.model import VisionOPDModel
     from nemo_vopd.rollout.native.cache import KVCache
-    from nemo_vopd.tools.planning.memory import activation_law, kv_cache_bytes, most_alive
+    from nemo_vopd.tools.planning.memory import ActivationLaw, kv_cache_bytes, most_alive
     from nemo_vopd.tools.planning.workload import Packed
     from nemo_vopd.vlm.build import hf_config
 
@@ -100,7 +101,7 @@ def measure(config: Config) -> dict:
     students, teachers = model._microbatches(rollouts)
     hidden = teacher_pass(model.teacher_model, teachers, groups)
     model.student_optimizer.zero_grad()
-    law = activation_law(config, hf_config(config), megatron, transformer_engine=False)
+    law = ActivationLaw(config, hf_config(config), megatron, transformer_engine=False)
     widest = max(students, key=lambda batch: batch.token_ids.numel())
     packed = Packed(len(widest.packing.lengths), widest.token_ids.numel(), 0, 0, len(widest.pixel_values), 0)
     # what neighbours send and get is not autograd's, but kept by the schedule
@@ -173,28 +174,25 @@ def test_bytes_by_kind_are_those_of_a_real_model(name, assets, tmp_path):
         assert planned == pytest.approx(real, rel=0.1), f"{name}, stage {rank['stage']}"
 
 
-def shipped(name: str, *overrides: str) -> Config:
+def shipped(name: str, *overrides: str) -> PlanConfig:
     with initialize_config_dir(CONF, version_base="1.3"):
-        return from_hydra(compose(name, overrides=list(overrides)))
+        return PlanConfig(**vars(from_hydra(compose(name, overrides=list(overrides)))))
 
 
 def plans(cases: list[tuple[str, tuple[str, ...]]]) -> list[dict]:
     from nemo_vopd.errors import OptionError
-    from nemo_vopd.tools.planning.assumptions import Assumptions, gpu_named
-    from nemo_vopd.tools.planning.plan import divide_remedy, make_plan, remedy_for
-    from nemo_vopd.tools.planning.text import plan_json, plan_text, refusal_json
+    from nemo_vopd.tools.planning.plan import Plan, divide_remedy, plan_json, plan_text, refusal_json, remedy_for
 
     results = []
     for name, overrides in cases:
-        config, gpu, assume = shipped(name, *overrides), gpu_named("h100"), Assumptions()
+        config = shipped(name, *overrides)
         try:
-            plan = make_plan(config, gpu, 8, assume)
+            plan = Plan(config)
         except OptionError as error:
-            remedy = divide_remedy(error, config, gpu, 8, assume)
-            results.append(refusal_json(config, gpu, config.num_nodes * 8, assume, remedy))
+            results.append(refusal_json(config, divide_remedy(error, config)))
             continue
         assert "fullest phase" in plan_text(plan)
-        results.append(plan_json(plan, None if plan.fits else remedy_for(plan, 8)))
+        results.append(plan_json(plan, None if plan.fits else remedy_for(plan)))
     return results
 
 
@@ -259,8 +257,11 @@ def test_the_command_line():
         ("--config-name", "train_72b", "gpus=4"),
         ("--config-name", "train_72b", "gpu=h1"),
         ("--config-name", "train_72b", "gpus_per_node=many", "--json"),
+        ("--config-name", "train_72b", "assume.efficiency=1.5"),
     ]
-    h200, one_node, unknown, wrong_gpu, wrong_type = (run_recipe("recipes/plan.py", *line) for line in commands)
+    h200, one_node, unknown, wrong_gpu, wrong_type, unlikely = (
+        run_recipe("recipes/plan.py", *line) for line in commands
+    )
     assert h200.returncode == 0, h200.stderr[-3000:]
     plan = json.loads(h200.stdout)
     keys = "parameters stages gpu world_size layout batch flops step_seconds gpu_hours assumptions fits remedy".split()
@@ -274,5 +275,6 @@ def test_the_command_line():
         (unknown, "gpus=4: no such option"),
         (wrong_gpu, "gpu=h1: must be one of"),
         (wrong_type, "many"),
+        (unlikely, "assume.efficiency=1.5: must lie in (0, 1]; set it to 0.35"),
     ):
         assert done.returncode == 2 and what in done.stderr and not done.stdout, done.stderr[-2000:]
