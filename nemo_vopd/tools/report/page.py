@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,24 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
-def stylesheet() -> str:
-    """The page's CSS, for other pages that should look like it."""
-    return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+def _no_chart(spec: Spec) -> Markup:
+    raise NotImplementedError("this page has no charts")
+
+
+def templates(chart: Callable[[Spec], Markup] = _no_chart) -> jinja2.Environment:
+    """The templates of this page and of others that look like it; `chart` makes the place of a chart."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # the order of a row is that of its tooltip
+    environment.filters |= {"chart": chart, "number": format_number, "percent": format_percent, "tokens": shown_tokens}
+    environment.tests |= {"finite": math.isfinite, "long": lambda text: any(len(word) > 12 for word in text.split())}
+    environment.globals["file"] = lambda name: Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+    return environment
 
 
 def write_report(path: Path, run: Run, other: Run | None = None, baseline: Sequence[Results] = ()) -> None:
@@ -66,25 +81,17 @@ def _page(run: Run, other: Run | None, baseline: list[Results]) -> str:
         charts.append(spec)
         return Markup('<div class="chart" id="chart{}"></div>').format(len(charts) - 1)
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {}  # the order of a row is that of its tooltip
-    environment.filters |= {"chart": chart, "number": format_number, "percent": format_percent, "tokens": shown_tokens}
-    environment.tests |= {"finite": math.isfinite, "long": lambda text: any(len(word) > 12 for word in text.split())}
-    return environment.get_template("page.html.j2").render(
-        policy=_POLICY,
-        title=f"Vision-OPD: {run.name}" + (f" and {other.name}" if other else ""),
-        header=header(run, other),
-        other=other,
-        notes=[note for one in (run, other) if one for note in one.notes],
-        sections=[section for section in sections if section[2]],
-        charts=lambda: charts,
-        style=Markup(stylesheet()),
-        script=Markup((_TEMPLATES / "script.js").read_text(encoding="utf-8")),
-        vega=lambda: Markup(vega_bundle()),
+    return (
+        templates(chart)
+        .get_template("page.html.j2")
+        .render(
+            policy=_POLICY,
+            title=f"Vision-OPD: {run.name}" + (f" and {other.name}" if other else ""),
+            header=header(run, other),
+            other=other,
+            notes=[note for one in (run, other) if one for note in one.notes],
+            sections=[section for section in sections if section[2]],
+            charts=lambda: charts,
+            vega=lambda: Markup(vega_bundle()),
+        )
     )

@@ -235,8 +235,8 @@ def test_data_card(folder, records, tmp_path, capsys):
     assert share["counts"] == np.histogram(areas, share["edges"])[0].tolist() and sum(share["counts"]) == 96
     assert sum(card["image_megapixels"]["counts"]) == 97
     page = (output / "data_card.html").read_text()
-    assert page.startswith("<!doctype html>") and "http" not in page.replace("https://www.w3.org", "")
-    assert "card.jsonl" in page and page.count("<svg") == 2 and "empty_box" in page
+    assert page.strip().startswith("<!DOCTYPE html>") and "http" not in page.replace("https://www.w3.org", "")
+    assert "card.jsonl" in page and page.count('class="counts"') == 2 and "empty_box" in page
     copies = [json.loads((output / split / "data_card.json").read_text())["kept"] for split in card["splits"]]
     assert copies == [97, 97]
     printed = capsys.readouterr().out
