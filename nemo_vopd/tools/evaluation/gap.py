@@ -19,7 +19,7 @@ from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.evaluation.questions import classify, grade
 
 _MAX_BYTES = 1 << 30
-"""Of the images that a rank holds at a time, both views together: some forty samples of a million pixels."""
+"""Bytes of images that a rank holds at a time, both views together: some forty samples of a million pixels."""
 
 
 @dataclass

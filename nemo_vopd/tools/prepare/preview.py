@@ -31,7 +31,7 @@ class _Cell:
     image: Image.Image
     crop: Image.Image
     window: tuple[int, int, int, int] | None
-    """Of the crop in the image; None where the crop is a file."""
+    """Corners of the crop in the image; None where the crop is a file."""
 
 
 def write_preview(

@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nemo_vopd.tools.prepare.intake import Prepared, RecordOptions, read_record
 from nemo_vopd.tools.prepare.rows import Chunk, Row, Source
+from nemo_vopd.tools.prepare.statistics import Statistics
 from nemo_vopd.views import UnusableSample
 
 
@@ -30,7 +31,7 @@ class ShardJob:
     source: Source
     options: RecordOptions
     prefix: str
-    """Of ids: told apart when several sources are blended."""
+    """Beginning of the ids, by which the sources of a blend are told apart."""
     folders: dict[str, Path]
     """Split -> where its shards go; the folders exist."""
     notes: Path
@@ -97,7 +98,7 @@ def write_chunk(job: ShardJob, chunk: Chunk, advance: Callable[[int], object]) -
     """
     name = f"shard-{chunk.index:06d}.tar"
     writers: dict[str, ShardWriter] = {}
-    note = _Note()
+    note = Statistics()
     try:
         for row, result in _checked(job, chunk):
             if isinstance(result, UnusableSample):
@@ -108,7 +109,7 @@ def write_chunk(job: ShardJob, chunk: Chunk, advance: Callable[[int], object]) -
                     writers[result.split] = ShardWriter(job.folders[result.split] / name, job.scratch)
                 writers[result.split].add(f"{row.ordinal:09d}", result)
             advance(1)
-        note.shards = {split: writer.finish() for split, writer in writers.items()}
+        note.shards = {split: [writer.finish()] for split, writer in writers.items()}
         advance(0)  # a worker whose parent is gone ends here, and gives no file its name
         for writer in writers.values():
             writer.commit()
@@ -117,36 +118,8 @@ def write_chunk(job: ShardJob, chunk: Chunk, advance: Callable[[int], object]) -
             writer.discard()
     target = note_path(job.notes, chunk.index)
     temporary = job.scratch / f"{os.getpid()}-{target.name}"
-    temporary.write_text(json.dumps(vars(note)))
+    temporary.write_text(note.to_json())
     os.replace(temporary, target)
-
-
-class _Note:
-    """What is told of one chunk; plain values, written as JSON."""
-
-    def __init__(self) -> None:
-        self.shards: dict[str, dict] = {}
-        self.dropped: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-        self.with_answer = self.with_box = self.with_crop = self.with_hint = 0
-        self.megapixels: list[float] = []
-        self.relative_area: list[float] = []
-        self.largest_coordinate = 0.0
-
-    def drop(self, place: str, unusable: UnusableSample) -> None:
-        self.dropped[unusable.reason] += 1
-        self.examples.setdefault(unusable.reason, f"{place}: {unusable.detail or unusable.reason}"[:200])
-
-    def keep(self, record: Prepared) -> None:
-        self.with_answer += record.answer is not None
-        self.with_box += record.bbox is not None
-        self.with_crop += record.crop is not None
-        self.with_hint += record.hinted
-        self.megapixels.append(float(f"{record.size[0] * record.size[1] / 1e6:.6g}"))
-        area = record.relative_area()
-        if area is not None and record.bbox is not None:
-            self.relative_area.append(float(f"{area:.6g}"))
-            self.largest_coordinate = min(1e6, max(self.largest_coordinate, *record.bbox))
 
 
 def _checked(job: ShardJob, chunk: Chunk) -> Iterator[tuple[Row, Prepared | UnusableSample]]:
@@ -181,6 +154,6 @@ def note_is_good(notes: Path, index: int, folders: dict[str, Path]) -> bool:
     """Whether chunk `index` is done: its note is there, and the shards it names with their sizes."""
     try:
         entries = json.loads(note_path(notes, index).read_bytes())["shards"]
-        return all((folders[s] / e["shard"]).stat().st_size == e["bytes"] for s, e in entries.items())
-    except (OSError, ValueError, KeyError):
+        return all((folders[s] / e["shard"]).stat().st_size == e["bytes"] for s, (e,) in entries.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_vopd.tools.prepare.intake import Prepared
+from nemo_vopd.views import UnusableSample
+
 MEGAPIXEL_EDGES = (0, 0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 16, 32, 100)
 AREA_EDGES = (0, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 @dataclass
 class Statistics:
-    """Of one source or of several."""
+    """What was kept, dropped and measured: in one chunk, in a source, or in several."""
 
     shards: dict[str, list[dict]] = field(default_factory=dict)
     """Split -> entries of `ShardWriter.finish`."""
@@ -31,7 +34,7 @@ class Statistics:
     megapixels: array[float] = field(default_factory=lambda: array("d"))
     relative_area: array[float] = field(default_factory=lambda: array("d"))
     largest_coordinate: float = 0.0
-    """Of all boxes, in pixels."""
+    """Largest coordinate of all boxes, in pixels."""
 
     @property
     def kept(self) -> int:
@@ -42,41 +45,51 @@ class Statistics:
         """Records of each split."""
         return {name: sum(entry["records"] for entry in entries) for name, entries in sorted(self.shards.items())}
 
-    def add(self, note: dict) -> None:
-        """Count what the note of one chunk says; chunks come in order."""
-        for split, entry in note["shards"].items():
-            self.shards.setdefault(split, []).append(entry)
-        self.dropped.update(note["dropped"])
-        for reason, example in note["examples"].items():
-            self.examples.setdefault(reason, example)
+    def drop(self, place: str, unusable: UnusableSample) -> None:
+        """Count the record at `place`, which cannot be used."""
+        self.dropped[unusable.reason] += 1
+        self.examples.setdefault(unusable.reason, f"{place}: {unusable.detail or unusable.reason}"[:200])
+
+    def keep(self, record: Prepared) -> None:
+        """Count a record that is stored."""
+        self.with_answer += record.answer is not None
+        self.with_box += record.bbox is not None
+        self.with_crop += record.crop is not None
+        self.with_hint += record.hinted
+        self.megapixels.append(float(f"{record.size[0] * record.size[1] / 1e6:.6g}"))
+        area = record.relative_area()
+        if area is not None and record.bbox is not None:
+            self.relative_area.append(float(f"{area:.6g}"))
+            self.largest_coordinate = min(1e6, max(self.largest_coordinate, *record.bbox))
+
+    def add(self, later: Statistics) -> None:
+        """Add what comes later in the order of the records: of the examples, the earlier ones stay."""
+        for split, entries in later.shards.items():
+            self.shards.setdefault(split, []).extend(entries)
+        self.dropped.update(later.dropped)
+        self.examples = {**later.examples, **self.examples}
         for name in ("with_answer", "with_box", "with_crop", "with_hint"):
-            setattr(self, name, getattr(self, name) + note[name])
-        self.megapixels.extend(note["megapixels"])
-        self.relative_area.extend(note["relative_area"])
-        self.largest_coordinate = max(self.largest_coordinate, note["largest_coordinate"])
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.megapixels.extend(later.megapixels)
+        self.relative_area.extend(later.relative_area)
+        self.largest_coordinate = max(self.largest_coordinate, later.largest_coordinate)
+
+    def to_json(self) -> str:
+        """The note of a chunk."""
+        numbers = {name: list(getattr(self, name)) for name in ("megapixels", "relative_area")}
+        return json.dumps({**vars(self), **numbers})
 
 
 def gather(notes: Iterable[Path]) -> Statistics:
     """The sum of the `notes`, given in order."""
-    statistics = Statistics()
-    for note in notes:
-        statistics.add(json.loads(note.read_bytes()))
-    return statistics
+    return total(Statistics(**json.loads(note.read_bytes())) for note in notes)
 
 
-def total(parts: Sequence[Statistics]) -> Statistics:
-    """The sum over sources; examples are the first source's that has one."""
+def total(parts: Iterable[Statistics]) -> Statistics:
+    """The sum of `parts`, given in order."""
     whole = Statistics()
     for part in parts:
-        for split, entries in part.shards.items():
-            whole.shards.setdefault(split, []).extend(entries)
-        whole.dropped.update(part.dropped)
-        whole.examples = {**part.examples, **whole.examples}
-        for name in ("with_answer", "with_box", "with_crop", "with_hint"):
-            setattr(whole, name, getattr(whole, name) + getattr(part, name))
-        whole.megapixels.extend(part.megapixels)
-        whole.relative_area.extend(part.relative_area)
-        whole.largest_coordinate = max(whole.largest_coordinate, part.largest_coordinate)
+        whole.add(part)
     return whole
 
 
