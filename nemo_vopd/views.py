@@ -10,6 +10,7 @@ import math
 import reprlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 DROP_REASONS = (
@@ -36,6 +37,8 @@ MIN_IMAGE_SIDE = 4
 """Images and crops with a shorter side are dropped: enlarged to the model's patches they show one flat colour."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What `load_image` reads (AVIF: where Pillow has it). Pillow knows more, and hands EPS to Ghostscript to execute."""
+_LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
+"""Largest values of grey images with that many bits: cameras and scanners store 10 to 14 of them in 16."""
 _MAX_DETAIL = 300
 
 Box = tuple[float, float, float, float]
@@ -167,6 +170,7 @@ def check_sides(width: int, height: int) -> None:
 def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decode `data`, a file in one of IMAGE_FORMATS, to an RGB image; of an animation, its first frame.
 
+    Transparent pixels are laid on white; grey of more than 8 bits is scaled by the bits in use.
     EXIF rotation is not applied, as boxes refer to the stored pixels. Raises UnusableSample: image_too_large (more
     than `max_pixels`) and image_too_small, known from the header before anything is decoded, or unreadable_image.
     """
@@ -179,10 +183,29 @@ def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, i
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, to which Pillow's conversion does no justice: all above 255 becomes white
-        return image.convert("I").point(lambda value: value / 256).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _as_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        # what is transparent shows white paper, as in Qwen's own utilities: black text on nothing stays readable
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _as_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floats in 8 bits; Pillow's own conversion makes everything above 255 white.
+
+    Black to white is 0 to the largest number of as many bits as are in use (0 to 1 where floats stay within); with
+    negative numbers, the least to the largest one. Raises UnusableSample (unreadable_image) for what is not finite.
+    """
+    values = np.asarray(image if image.mode == "F" else image.convert("I"), dtype=np.float32)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UnusableSample("unreadable_image", f"pixels of mode {image.mode} are not finite")
+    if low >= 0:
+        ends = (1,) * (image.mode == "F") + _LARGEST_VALUES
+        low, high = 0, next((end for end in ends if high <= end), high)
+    return Image.fromarray(np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8))
 
 
 def _decoded_size(image: Image.Image) -> tuple[int, int]:

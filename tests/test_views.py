@@ -118,12 +118,50 @@ def test_unusable_sample_survives_a_process_boundary():
     assert (copy.reason, copy.detail) == ("empty_box", "why")
 
 
-def test_sixteen_bit_grey_keeps_its_shades():
+def stored(image, name="png", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def test_grey_of_more_than_eight_bits_keeps_its_shades():
     ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
-    for name, pixels in (("png", ramp), ("tiff", ramp), ("tiff", ramp.astype(np.int32))):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, name)
-        assert np.array_equal(np.asarray(load_image(buffer.getvalue())), (ramp // 256)[..., None].repeat(3, -1))
+    shades = np.linspace(0, 252, 64).reshape(8, 8)
+    unit = (shades / 252).astype(np.float32)
+    cases = {
+        "16 bits": (ramp, 65535), "16 bits in 32": (ramp.astype(np.int32), 65535), "12 bits": (ramp // 16, 4095),
+        "10 bits": (ramp // 64, 1023), "8 bits": (ramp // 256, 255), "fractions": (unit, 1),
+        "shares of 255": (unit * 255, 255), "with negative numbers": (unit * 8 - 4, 8),
+        "more than 16 bits": (ramp.astype(np.int32) * 1000, 65024000 - 512000),
+    }  # fmt: skip
+    for name, (pixels, white) in cases.items():
+        for kind in ("tiff", "png") if pixels.dtype == np.uint16 else ("tiff",):
+            shown = np.asarray(load_image(stored(Image.fromarray(pixels), kind))).astype(float)
+            expected = (pixels - min(0, float(pixels.min()))) * (255 / white)
+            assert np.abs(shown - expected[..., None]).max() <= 1.01, (name, kind)
+    hole = unit.copy()
+    hole[3, 3] = np.nan
+    assert reason(load_image, stored(Image.fromarray(hole), "tiff")) == "unreadable_image"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "gif"])
+def test_what_is_transparent_shows_white(mode):
+    """Black text on nothing: with the transparency dropped, all of it would be black."""
+    picture = Image.new("RGBA", (12, 8), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    if mode in ("RGB", "L"):  # one colour stands for nothing
+        picture = Image.new(mode, (12, 8), 7 if mode == "L" else (7, 7, 7))
+        picture.paste(0, (2, 2, 6, 6))
+        data = stored(picture, transparency=7 if mode == "L" else (7, 7, 7))
+    elif mode in ("P", "gif"):
+        data = stored(picture, "gif") if mode == "gif" else stored(picture.quantize(4))
+    else:
+        data = stored(picture.convert(mode))
+    expected = np.full((8, 12, 3), 255)
+    expected[2:6, 2:6] = 0
+    assert np.array_equal(np.asarray(load_image(data)), expected)
+    half = stored(Image.new("RGBA", (8, 8), (200, 0, 0, 51)))
+    assert load_image(half).getpixel((3, 3)) == (244, 204, 204)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 3), (3, 3)])
