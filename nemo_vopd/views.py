@@ -1,14 +1,17 @@
 """Image geometry of the views: boxes, evidence-centred crops, decoding. Pure functions of their arguments.
 
-Boxes are (x1, y1, x2, y2) in pixels of the stored image, x to the right, y down, the far edge exclusive.
+Boxes are (x1, y1, x2, y2) in pixels, x to the right, y down, the far edge exclusive. Images are shown upright, as
+cameras mean them (EXIF); boxes in data sets refer to the stored pixels and are turned with their image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
@@ -40,6 +43,17 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 _LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 """Largest values of grey images with that many bits: cameras and scanners store 10 to 14 of them in 16."""
 _MAX_DETAIL = 300
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
 
 Box = tuple[float, float, float, float]
 
@@ -167,19 +181,91 @@ def check_sides(width: int, height: int) -> None:
         raise UnusableSample("image_too_small", f"{width}x{height}, sides must be at least {MIN_IMAGE_SIDE} pixels")
 
 
-def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode `data`, a file in one of IMAGE_FORMATS, to an RGB image; of an animation, its first frame.
+class ImageFacts(NamedTuple):
+    """What preparation asks of an image."""
 
-    Transparent pixels are laid on white; grey of more than 8 bits is scaled by the bits in use.
-    EXIF rotation is not applied, as boxes refer to the stored pixels. Raises UnusableSample: image_too_large (more
-    than `max_pixels`) and image_too_small, known from the header before anything is decoded, or unreadable_image.
+    size: tuple[int, int]
+    """Width and height as it is stored."""
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 is upright."""
+    flat: bool
+    """Whether all pixels have one colour."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height as it is shown."""
+        return _upright(self.size, self.orientation)
+
+
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    width, height = size
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def turn_box(bbox: object, orientation: int, size: tuple[int, int]) -> object:
+    """The box that `bbox`, in pixels of an image stored as `size`, has in the upright image.
+
+    What is no box stays as it is, for `check_box` to refuse.
     """
-    return _decode(data, max_pixels, _as_rgb)
+    try:
+        check_box(bbox, size)
+    except UnusableSample as unusable:
+        if unusable.reason != "box_outside_image":
+            return bbox
+    (x1, y1, x2, y2), (width, height) = bbox, size  # type: ignore[misc]
+    if orientation in (2, 3, 7, 8):
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    return [y1, x1, y2, x2] if orientation >= 5 else [x1, y1, x2, y2]
 
 
-def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """Width and height of an image that `load_image` takes; it is decoded in full. Raises UnusableSample alike."""
-    return _decode(data, max_pixels, _decoded_size)
+def turn_box_back(bbox: object, orientation: int, size: tuple[int, int]) -> object:
+    """The inverse of `turn_box`: from the upright image to one stored as `size`."""
+    back = {6: 8, 8: 6}.get(orientation, orientation)
+    return turn_box(bbox, back, _upright(size, orientation))
+
+
+def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode `data`, a file in one of IMAGE_FORMATS, to an upright RGB image; of an animation, its first frame.
+
+    The EXIF orientation is applied, transparent pixels are laid on white, and grey of more than 8 bits is scaled by
+    the bits in use. Raises UnusableSample: image_too_large (more than `max_pixels`) and image_too_small, known from
+    the header before anything is decoded, or unreadable_image.
+    """
+    return load_with_box(data, None, max_pixels)[0]
+
+
+def load_with_box(data: bytes, bbox: object, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[Image.Image, object]:
+    """The image of `load_image`, and `bbox`, which refers to the stored pixels, in its pixels."""
+
+    def load(image: Image.Image) -> tuple[Image.Image, object]:
+        shown, orientation = _as_rgb(image), _orientation(image)
+        turned = shown.transpose(_TURNS[orientation]) if orientation in _TURNS else shown
+        return turned, turn_box(bbox, orientation, shown.size) if bbox is not None else None
+
+    return _decode(data, max_pixels, load)
+
+
+def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageFacts:
+    """Facts about an image that `load_image` takes; it is decoded in full. Raises UnusableSample alike."""
+
+    def check(image: Image.Image) -> ImageFacts:
+        image.load()  # an RGB image as it is: the copy that a conversion makes would be thrown away
+        plain = image.mode == "RGB" and not image.has_transparency_data
+        shown = image if plain else _as_rgb(image)
+        extrema: Any = shown.getextrema()
+        return ImageFacts(shown.size, _orientation(image), all(low == high for low, high in extrema))
+
+    return _decode(data, max_pixels, check)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a decoded image; 1 where there is none, or none that can be read."""
+    with contextlib.suppress(Exception):  # what EXIF parts hold is not always EXIF
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return value if value in _TURNS else 1
+    return 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -206,13 +292,6 @@ def _as_grey(image: Image.Image) -> Image.Image:
         ends = (1,) * (image.mode == "F") + _LARGEST_VALUES
         low, high = 0, next((end for end in ends if high <= end), high)
     return Image.fromarray(np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8))
-
-
-def _decoded_size(image: Image.Image) -> tuple[int, int]:
-    if image.mode == "RGB":
-        image.load()  # the copy that a conversion makes would be thrown away
-        return image.size
-    return _as_rgb(image).size
 
 
 def _decode[ResultT](data: bytes, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:

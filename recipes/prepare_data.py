@@ -38,6 +38,8 @@ class PrepareConfig:
     """Names of the columns (JSON keys) of a record; null takes those that are known (docs/data.md)."""
     bbox_format: str = "xyxy"
     """xyxy | xywh | xyxy_unit | xyxy_1000: pixels, corner and size in pixels, fractions of the sides, thousandths."""
+    bbox_frame: str = "upright"
+    """upright | stored: boxes refer to the image as EXIF turns it, or to its stored pixels."""
     split: str | None = None
     """Part of a source that has several (train, test, ...)."""
     image_root: str | None = None
@@ -91,6 +93,7 @@ def main(cfg: DictConfig, preview: bool) -> None:
     record_options = {
         "columns": config.columns,
         "bbox_format": config.bbox_format,
+        "bbox_frame": config.bbox_frame,
         "max_image_pixels": config.max_image_pixels,
         "hint": config.hint,
         "hint_text": config.hint_text,

@@ -5,10 +5,21 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nemo_vopd.config import CropConfig
-from nemo_vopd.views import DROP_REASONS, UnusableSample, check_box, check_image, crop_box, draw_box, load_image
+from nemo_vopd.views import (
+    DROP_REASONS,
+    UnusableSample,
+    check_box,
+    check_image,
+    crop_box,
+    draw_box,
+    load_image,
+    load_with_box,
+    turn_box,
+    turn_box_back,
+)
 
 
 def reason(function, *args, **kwargs):
@@ -164,6 +175,40 @@ def test_what_is_transparent_shows_white(mode):
     assert load_image(half).getpixel((3, 3)) == (244, 204, 204)
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_and_boxes_are_shown_upright(kind, orientation):
+    """As Pillow turns them; the box stays around the same pixels, and comes back."""
+    box, image = (8, 16, 24, 56), Image.new("RGB", (96, 64), (10, 200, 30))
+    image.paste((250, 0, 250), box)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpeg" else {}
+    data = stored(image, kind, exif=exif, **options)
+    shown, turned = load_with_box(data, list(box))
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = ImageOps.exif_transpose(opened).convert("RGB")
+    assert np.array_equal(np.asarray(shown), np.asarray(expected))
+    facts = check_image(data)
+    assert facts.upright_size == shown.size == load_image(data).size and not facts.flat
+    if kind == "tiff":  # which Pillow turns itself: its pixels are never seen as they are stored
+        assert facts.orientation == 1
+        return
+    assert facts.orientation == orientation and facts.size == (96, 64)
+    pixels = np.asarray(shown.crop(turned)).astype(int)
+    assert (np.abs(pixels - [250, 0, 250]).mean() < 12) and pixels.shape[0] * pixels.shape[1] == 16 * 40
+    assert turn_box_back(turned, orientation, (96, 64)) == list(box)
+    for wrong in ([5, 5, 2, 9], "abcd", [1, 2, 3], [float("nan")] * 4, None):
+        assert turn_box(wrong, orientation, (96, 64)) is wrong
+
+
+def test_exif_that_is_none_leaves_the_image_as_it_is():
+    image = Image.new("RGB", (9, 7))
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\xff", b""):
+        assert load_image(stored(image, "jpeg", exif=exif)).size == (9, 7)
+    assert check_image(stored(image)).flat and not check_image(stored(Image.effect_noise((9, 7), 50))).flat
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 3), (3, 3)])
 def test_images_that_can_show_nothing_are_too_small(size):
     assert reason(load_image, png(*size)) == "image_too_small"
@@ -229,7 +274,7 @@ def test_defaults_of_the_policy_change_nothing():
 
 def test_checking_an_image_is_loading_it_without_the_pixels():
     for mode in ("RGB", "L", "RGBA", "P"):
-        assert check_image(png(9, 7, mode)) == load_image(png(9, 7, mode)).size == (9, 7)
+        assert check_image(png(9, 7, mode)).size == load_image(png(9, 7, mode)).size == (9, 7)
     for data in (b"", png(30, 40)[:40], png(30, 40)[:-30]):
         assert reason(check_image, data) == "unreadable_image"
     assert reason(check_image, png(30, 40), max_pixels=1199) == "image_too_large"

@@ -15,7 +15,7 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import RawRecord, iterate_records
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.records import check_answer, check_id, check_question
-from nemo_vopd.views import UnusableSample, check_sides, crop_box, draw_box, load_image
+from nemo_vopd.views import UnusableSample, check_sides, crop_box, draw_box, load_image, load_with_box
 
 _MAX_CHARACTERS_PER_TOKEN = 32
 """No readable text has more on average; that of English is between four and five."""
@@ -37,25 +37,26 @@ class SampleEncoder:
             sample_id = check_id(meta.get("id", sample_id))
             if record.image is None:
                 raise UnusableSample("missing_image")
-            return self._encode(record, sample_id, meta, load_image(record.image))
+            image, bbox = load_with_box(record.image, meta.get("bbox"))
+            return self._encode(record, sample_id, meta, image, bbox)
         except UnusableSample as unusable:
             return DroppedSample(sample_id, unusable.reason, unusable.detail)
 
-    def _encode(self, record: RawRecord, sample_id: str, meta: dict, stored: Image.Image) -> Sample:
-        data, crop, bbox = self.data, record.crop, meta.get("bbox")
+    def _encode(self, record: RawRecord, sample_id: str, meta: dict, image: Image.Image, bbox: object) -> Sample:
+        data, crop = self.data, record.crop
         # the hint belongs to the prompt, never to the emptiness check
         question = check_question(meta.get("question")) + data.question_hint
         if len(question) > _MAX_CHARACTERS_PER_TOKEN * data.max_prompt_length:  # before tokenizing it at great cost
             detail = f"{len(question)} characters, data.max_prompt_length={data.max_prompt_length}"
             raise UnusableSample("overlong_prompt", detail)
-        full = draw_box(stored, _required(bbox)) if data.draw_box else stored
+        full = draw_box(image, _required(bbox)) if data.draw_box else image
         student = self._view([full], question, [data.full])
         if self.teacher_view == "full":
             teacher = student
         elif self.teacher_view == "boxed":
-            teacher = self._view([draw_box(stored, _required(bbox))], question, [data.full])
+            teacher = self._view([draw_box(image, _required(bbox))], question, [data.full])
         else:
-            evidence = load_image(crop) if crop is not None else cut_crop(stored, bbox, data)
+            evidence = load_image(crop) if crop is not None else cut_crop(image, bbox, data)
             if self.teacher_view == "crop":
                 teacher = self._view([evidence], question, [data.crop_pixels])
             else:

@@ -18,7 +18,7 @@ from nemo_vopd.data.records import check_answer, check_id, check_question
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation.chosen_option import extract_option
 from nemo_vopd.tools.evaluation.extraction import extract_yes_no, final_answer, same_text
-from nemo_vopd.views import UnusableSample, check_box, load_image
+from nemo_vopd.views import UnusableSample, check_box, load_image, load_with_box
 
 OPTION, YES_NO, TEXT = "option", "yes_no", "text"
 _LETTERS = "ABCDEFGH"
@@ -42,7 +42,7 @@ class Question:
     crop: bytes | None = None
     """The crop as a file, where the data set has it."""
     bbox: list[float] | None = None
-    """The evidence in pixels of `full`, from which a crop is cut otherwise."""
+    """The evidence in stored pixels of `full`, from which a crop is cut otherwise."""
     options: dict[str, str] = field(default_factory=dict)
     """OPTION: letter -> text, in order; texts may be empty."""
     category: str = ""
@@ -57,7 +57,7 @@ class Question:
         """The RGB image of `view` (full | crop); crops are cut from `bbox` by `data.crop`. Raises UnusableSample."""
         if view == "full":
             return load_image(self.full)
-        return load_image(self.crop) if self.crop is not None else cut_crop(load_image(self.full), self.bbox, data)
+        return load_image(self.crop) if self.crop is not None else cut_crop(*load_with_box(self.full, self.bbox), data)
 
     def file(self, view: str, data: DataConfig) -> tuple[str, bytes]:
         """(media type, image file) of `view`: the stored file where every reader sees the pixels of `image` in it.
@@ -100,9 +100,10 @@ def _size(data: bytes) -> tuple[int, int]:
 
 
 def _plain_media_type(data: bytes) -> str | None:
-    """The media type of an RGB PNG, JPEG or WebP file without a rotation in its EXIF part, which readers may apply."""
+    """The media type of an RGB PNG, JPEG or WebP file; readers differ on EXIF's orientation and on transparency."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # Pillow raises almost anything
-        if image.format in ("PNG", "JPEG", "WEBP") and image.mode == "RGB" and image.getexif().get(_ROTATION, 1) == 1:
+        plain = image.mode == "RGB" and not image.has_transparency_data and image.getexif().get(_ROTATION, 1) == 1
+        if plain and image.format in ("PNG", "JPEG", "WEBP"):
             return f"image/{image.format.lower()}"
     return None
 

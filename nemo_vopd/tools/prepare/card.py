@@ -46,6 +46,8 @@ def write_card(
         "with_box": whole.with_box,
         "with_crop": whole.with_crop,
         "with_hint": whole.with_hint,
+        "rotated": whole.rotated,
+        "flat": whole.flat,
         "image_megapixels": histogram(whole.megapixels, MEGAPIXEL_EDGES),
         "relative_box_area": histogram(whole.relative_area, AREA_EDGES),
         "crop": crop,
@@ -109,6 +111,8 @@ def _contents(card: dict) -> Table:
         "with an evidence box": card["with_box"],
         "with a crop image": card["with_crop"],
         hint if card["with_hint"] else "whose question carries the red-box hint": card["with_hint"],
+        "whose image is turned by EXIF": card["rotated"],
+        "whose image has one colour": card["flat"],
     }
     rows = [[words, f"{count:,}", format_area(count / card["kept"])] for words, count in counts.items()]
     return Table(["", "records", "share"], rows)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_vopd.data.records import box_in_pixels, check_answer, check_question, question_text, without_hint
 from nemo_vopd.tools.prepare.columns import LISTS, Columns
 from nemo_vopd.tools.prepare.rows import Row, Source, default_id, record_id
-from nemo_vopd.views import MAX_IMAGE_PIXELS, UnusableSample, check_box, check_image
+from nemo_vopd.views import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
 
 MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
 """Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
@@ -24,6 +25,8 @@ class RecordOptions:
     columns: Columns = field(default_factory=Columns)
     bbox_format: str = "xyxy"
     """One of records.BOX_FORMATS."""
+    bbox_frame: str = "upright"
+    """upright | stored: whether boxes refer to the image as EXIF turns it, or to its stored pixels."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     hint: str = "keep"
     """keep | remove: `hint_text` in questions."""
@@ -42,10 +45,9 @@ class Prepared:
     image: bytes
     crop: bytes | None
     bbox: list[float] | None
-    """In pixels."""
+    """In pixels of the image as it is stored."""
     answer: str | None
-    size: tuple[int, int]
-    """Width and height of the image."""
+    facts: ImageFacts
     split: str
     """train | validation"""
     hinted: bool
@@ -55,8 +57,8 @@ class Prepared:
         """Area of the box inside the image, over that of the image."""
         if self.bbox is None:
             return None
-        x1, y1, x2, y2 = check_box(self.bbox, self.size)
-        return (x2 - x1) * (y2 - y1) / (self.size[0] * self.size[1])
+        x1, y1, x2, y2 = check_box(self.bbox, self.facts.size)
+        return (x2 - x1) * (y2 - y1) / math.prod(self.facts.size)
 
 
 def read_record(row: Row, source: Source, options: RecordOptions, prefix: str = "") -> Prepared:
@@ -81,16 +83,19 @@ def read_record(row: Row, source: Source, options: RecordOptions, prefix: str = 
     if bbox is None and crop is None:
         raise UnusableSample("missing_crop", "neither bbox nor crop image")
     # decoded in full: a truncated file is found now, not in the middle of a run
-    size = check_image(image, options.max_image_pixels)
-    if bbox is not None:
-        bbox = box_in_pixels(bbox, options.bbox_format, size)
+    facts = check_image(image, options.max_image_pixels)
+    if bbox is not None and options.bbox_frame == "upright":
+        bbox = box_in_pixels(bbox, options.bbox_format, facts.upright_size)
+        bbox = turn_box_back(bbox, facts.orientation, facts.size)
+    elif bbox is not None:
+        bbox = box_in_pixels(bbox, options.bbox_format, facts.size)
     if crop is not None:
         check_image(crop, options.max_image_pixels)
     has_id = bool(columns.find("id", values)[0])
     # a default id counts records, and would move those behind a new one to the other side
     key = sample_id.encode() if options.split_by == "id" and has_id else image
     split = side(key, options.validation_fraction)
-    return Prepared(prefix + sample_id, question, image, crop, bbox, answer, size, split, hinted)  # type: ignore[arg-type]
+    return Prepared(prefix + sample_id, question, image, crop, bbox, answer, facts, split, hinted)  # type: ignore[arg-type]
 
 
 def side(key: bytes, validation_fraction: float) -> str:

@@ -111,7 +111,12 @@ def check_options(
     if options.max_image_pixels > MAX_IMAGE_PIXELS:
         rule = f"must be at most {MAX_IMAGE_PIXELS}: larger images are dropped when they are loaded"
         raise OptionError("max_image_pixels", options.max_image_pixels, rule, "lower it and scale the images down")
-    choices = {"bbox_format": BOX_FORMATS, "hint": ("keep", "remove"), "split_by": ("id", "image")}
+    choices = {
+        "bbox_format": BOX_FORMATS,
+        "bbox_frame": ("upright", "stored"),
+        "hint": ("keep", "remove"),
+        "split_by": ("id", "image"),
+    }
     for option, known in choices.items():
         value = getattr(options, option)
         if value not in known:
@@ -307,6 +312,11 @@ def _report(parts: list[_Part], options: RecordOptions, output: Path) -> dict:
     if whole.with_hint:
         what = "kept; hint=remove takes it out" if options.hint == "keep" else "taken out; hint=keep leaves it"
         print(f'  {whole.with_hint} questions carry the hint "{options.hint_text}" ({what})')
+    if whole.rotated:
+        other, frame = ("stored", "upright image") if options.bbox_frame == "upright" else ("upright", "stored pixels")
+        print(f"  {whole.rotated} images are turned by EXIF; boxes are taken in the {frame} (else bbox_frame={other})")
+    if whole.flat:
+        print(f"  {whole.flat} images have one colour: look at them with preview=sheet.png")
     if whole.with_box and whole.largest_coordinate <= 1 and options.bbox_format == "xyxy":
         print("  every box lies within the first pixel: if they are fractions, set bbox_format=xyxy_unit")
     return {"kept": whole.kept, "dropped": dropped}

@@ -17,7 +17,7 @@ from nemo_vopd.tools.prepare.intake import Prepared, RecordOptions, read_record
 from nemo_vopd.tools.prepare.prepare import check_options, plan_source
 from nemo_vopd.tools.prepare.rows import Plan, Source
 from nemo_vopd.tools.prepare.sources import open_sources
-from nemo_vopd.views import UnusableSample, check_box, check_sides, crop_box, load_image
+from nemo_vopd.views import UnusableSample, check_box, check_sides, crop_box, load_image, load_with_box
 
 _PAPER, _INK, _MUTED, _LINE, _RED = (250, 249, 247), (28, 33, 40), (89, 98, 110), (216, 213, 207), (221, 45, 30)
 _MARGIN, _GAP, _FULL, _CROP, _HEIGHT = 28, 16, 400, 290, 290
@@ -30,6 +30,8 @@ class _Cell:
     record: Prepared
     image: Image.Image
     crop: Image.Image
+    bbox: object
+    """In pixels of the upright image."""
     window: tuple[int, int, int, int] | None
     """Corners of the crop in the image; None where the crop is a file."""
 
@@ -105,12 +107,12 @@ def _attempt(
             raise UnusableSample("duplicate_id")
         rows = source.rows(chunk, options.columns)
         record = read_record(next(row for row in rows if row.ordinal == ordinal), source, options)
-        image = load_image(record.image, options.max_image_pixels)
+        image, bbox = load_with_box(record.image, record.bbox, options.max_image_pixels)
         if record.crop is not None:
-            return _Cell(record, image, load_image(record.crop, options.max_image_pixels), None)
-        window = crop_box(record.bbox, image.size, **crop, min_pixels=min_pixels)
+            return _Cell(record, image, load_image(record.crop, options.max_image_pixels), bbox, None)
+        window = crop_box(bbox, image.size, **crop, min_pixels=min_pixels)
         check_sides(window[2] - window[0], window[3] - window[1])
-        return _Cell(record, image, image.crop(window), window)
+        return _Cell(record, image, image.crop(window), bbox, window)
     except UnusableSample as unusable:
         return unusable
 
@@ -140,11 +142,11 @@ def _draw_cell(
     factor, left, top = _paste(sheet, cell.image, x, y, _FULL)
     if cell.window is not None:
         _outline(draw, cell.window, factor, left, top, _PAPER, _MUTED)
-    if record.bbox is not None:
-        _outline(draw, check_box(record.bbox, cell.image.size), factor, left, top, (255, 255, 255), _RED)
+    if cell.bbox is not None:
+        _outline(draw, check_box(cell.bbox, cell.image.size), factor, left, top, (255, 255, 255), _RED)
     crop_factor, crop_left, crop_top = _paste(sheet, cell.crop, x + _FULL + _GAP, y, _CROP)
-    if record.bbox is not None and cell.window is not None:
-        x1, y1, x2, y2 = check_box(record.bbox, cell.image.size)
+    if cell.bbox is not None and cell.window is not None:
+        x1, y1, x2, y2 = check_box(cell.bbox, cell.image.size)
         dx, dy = cell.window[:2]
         inner = (x1 - dx, y1 - dy, x2 - dx, y2 - dy)
         _outline(draw, inner, crop_factor, crop_left, crop_top, (255, 255, 255), _RED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,10 @@ class Statistics:
     with_box: int = 0
     with_crop: int = 0
     with_hint: int = 0
+    rotated: int = 0
+    """Number of images whose EXIF part turns or mirrors them."""
+    flat: int = 0
+    """Number of images of one colour."""
     megapixels: array[float] = field(default_factory=lambda: array("d"))
     relative_area: array[float] = field(default_factory=lambda: array("d"))
     largest_coordinate: float = 0.0
@@ -56,7 +61,9 @@ class Statistics:
         self.with_box += record.bbox is not None
         self.with_crop += record.crop is not None
         self.with_hint += record.hinted
-        self.megapixels.append(float(f"{record.size[0] * record.size[1] / 1e6:.6g}"))
+        self.rotated += record.facts.orientation != 1
+        self.flat += record.facts.flat
+        self.megapixels.append(float(f"{math.prod(record.facts.size) / 1e6:.6g}"))
         area = record.relative_area()
         if area is not None and record.bbox is not None:
             self.relative_area.append(float(f"{area:.6g}"))
@@ -68,7 +75,7 @@ class Statistics:
             self.shards.setdefault(split, []).extend(entries)
         self.dropped.update(later.dropped)
         self.examples = {**later.examples, **self.examples}
-        for name in ("with_answer", "with_box", "with_crop", "with_hint"):
+        for name in ("with_answer", "with_box", "with_crop", "with_hint", "rotated", "flat"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.megapixels.extend(later.megapixels)
         self.relative_area.extend(later.relative_area)

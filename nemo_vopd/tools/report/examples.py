@@ -21,7 +21,7 @@ from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.evaluation.gap import Reply, measure_gap
 from nemo_vopd.tools.evaluation.traces import MAX_TOKENS, ResponseTrace, trace
 from nemo_vopd.tools.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
-from nemo_vopd.views import load_image
+from nemo_vopd.views import load_image, load_with_box
 
 NUM_EXAMPLES = 9
 _FILE, _FIRST_REPLIES = "examples.json", "first_replies.json"
@@ -46,9 +46,11 @@ def read_questions(path: str | Path, data: DataConfig, processor: Processor, num
         if isinstance(sample, Sample):  # so its parts are in order
             meta = parse_meta(record.meta)
             assert record.image is not None
-            image, bbox = load_image(record.image), meta.get("bbox")
+            image, bbox = load_with_box(record.image, meta.get("bbox"))
             crop = load_image(record.crop) if record.crop is not None else cut_crop(image, bbox, data)
-            questions.append(ShownSample(sample, image, crop, tuple(bbox) if bbox else None, str(meta["question"])))
+            questions.append(
+                ShownSample(sample, image, crop, tuple(bbox) if isinstance(bbox, list) else None, str(meta["question"]))
+            )
     return questions
 
 

@@ -15,7 +15,7 @@ from nemo_vopd.tools.report.parts import Cell, Counts, Facts, Panel, Table
 from nemo_vopd.tools.report.run_files import Run
 
 _PREFIX = "dropped_by_reason/"
-_COUNTED = ("kept", "with_answer", "with_box", "with_crop", "with_hint")
+_COUNTED = ("kept", "with_answer", "with_box", "with_crop", "with_hint", "rotated", "flat")
 _HISTOGRAMS = {
     "image_megapixels": ("Image size", "megapixels", "Median image, megapixels", format_number, "{:g}".format),
     "relative_box_area": (

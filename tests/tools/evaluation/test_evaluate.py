@@ -426,10 +426,10 @@ def test_images_reach_a_server_as_they_are_stored_or_as_png():
         return Question("q", "?", "a", "text", full.getvalue(), **fields)
 
     assert question(photo).file("full", data) == ("image/jpeg", photo.getvalue())
-    for stored in (turned, grey):
+    for stored, size in ((turned, (20, 40)), (grey, (40, 20))):
         media, file = question(stored).file("full", data)
         with Image.open(io.BytesIO(file)) as shown:
-            assert media == "image/png" and shown.size == (40, 20) and shown.mode == "RGB"
+            assert media == "image/png" and shown.size == size and shown.mode == "RGB"
     boxed = question(photo, bbox=[0, 0, 10, 10])
     assert boxed.file("crop", data)[0] == "image/png" and boxed.evidence_size() == pytest.approx(100 / 800)
     assert question(photo, bbox=[5, 5, 5, 5]).evidence_size() is None

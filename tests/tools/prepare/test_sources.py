@@ -8,15 +8,19 @@ import sys
 import tarfile
 import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nemo_vopd.config import CropConfig, DataConfig
+from nemo_vopd.data.encoder import cut_crop
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.columns import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.sources import open_source
+from nemo_vopd.views import load_with_box
 from tests.tools.prepare.test_prepare import stored
 
 NUM = 7
@@ -326,6 +330,28 @@ def test_box_formats(folder, box_format, given, capsys):
     if box_format == "xyxy_unit":
         prepare(source, folder / "pixels", progress=False)
         assert "bbox_format=xyxy_unit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("frame", ["upright", "stored"])
+@pytest.mark.parametrize("box_format", ["xyxy", "xyxy_unit"])
+def test_boxes_of_images_that_exif_turns(folder, frame, box_format, capsys):
+    """Drawn upright or on the stored pixels: the teacher's crop shows what the box was drawn around."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: 96 x 64, shown 64 x 96
+    image = Image.new("RGB", (96, 64), (10, 200, 30))
+    image.paste((250, 0, 250), (8, 16, 24, 32))
+    image.save(folder / "in" / "images" / "turned.png", exif=exif)
+    box, size = ([32, 8, 48, 24], (64, 96)) if frame == "upright" else ([8, 16, 24, 32], (96, 64))
+    if box_format == "xyxy_unit":
+        box = [value / size[i % 2] for i, value in enumerate(box)]
+    lines(folder / "in" / "turned.jsonl", [{"image": "images/turned.png", "question": "q", "bbox": box}])
+    prepare(folder / "in" / "turned.jsonl", folder / "out", bbox_format=box_format, bbox_frame=frame, progress=False)
+    assert "1 images are turned by EXIF" in capsys.readouterr().out
+    (part,) = stored(folder / "out").values()
+    assert json.loads(part["json"])["bbox"] == pytest.approx([8, 16, 24, 32])
+    data = DataConfig(crop=CropConfig(scale=1.0, min_side=4))
+    crop = np.asarray(cut_crop(*load_with_box(part["image"], json.loads(part["json"])["bbox"]), data))
+    assert crop.shape == (16, 16, 3) and (crop == [250, 0, 250]).all()
 
 
 def test_wrong_sources(folder):
