@@ -27,10 +27,8 @@ class Statistics:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """Reason -> the first record that was dropped for it."""
-    with_answer: int = 0
-    with_box: int = 0
-    with_crop: int = 0
-    with_hint: int = 0
+    having: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("answer", "box", "crop", "hint"), 0))
+    """Number of records with each of these."""
     megapixels: array[float] = field(default_factory=lambda: array("d"))
     relative_area: array[float] = field(default_factory=lambda: array("d"))
     largest_coordinate: float = 0.0
@@ -52,10 +50,10 @@ class Statistics:
 
     def keep(self, record: Prepared) -> None:
         """Count a record that is stored."""
-        self.with_answer += record.answer is not None
-        self.with_box += record.bbox is not None
-        self.with_crop += record.crop is not None
-        self.with_hint += record.hinted
+        self.having["answer"] += record.answer is not None
+        self.having["box"] += record.bbox is not None
+        self.having["crop"] += record.crop is not None
+        self.having["hint"] += record.hinted
         self.megapixels.append(float(f"{record.size[0] * record.size[1] / 1e6:.6g}"))
         area = record.relative_area()
         if area is not None and record.bbox is not None:
@@ -68,21 +66,14 @@ class Statistics:
             self.shards.setdefault(split, []).extend(entries)
         self.dropped.update(later.dropped)
         self.examples = {**later.examples, **self.examples}
-        for name in ("with_answer", "with_box", "with_crop", "with_hint"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.having = {name: count + later.having[name] for name, count in self.having.items()}
         self.megapixels.extend(later.megapixels)
         self.relative_area.extend(later.relative_area)
         self.largest_coordinate = max(self.largest_coordinate, later.largest_coordinate)
 
     def to_json(self) -> str:
         """The note of a chunk."""
-        numbers = {name: list(getattr(self, name)) for name in ("megapixels", "relative_area")}
-        return json.dumps({**vars(self), **numbers})
-
-
-def gather(notes: Iterable[Path]) -> Statistics:
-    """The sum of the `notes`, given in order."""
-    return total(Statistics(**json.loads(note.read_bytes())) for note in notes)
+        return json.dumps(vars(self), default=list)
 
 
 def total(parts: Iterable[Statistics]) -> Statistics:
@@ -91,6 +82,11 @@ def total(parts: Iterable[Statistics]) -> Statistics:
     for part in parts:
         whole.add(part)
     return whole
+
+
+def gather(notes: Iterable[Path]) -> Statistics:
+    """The sum of the `notes`, given in order."""
+    return total(Statistics(**json.loads(note.read_bytes())) for note in notes)
 
 
 def histogram(values: Sequence[float], edges: Sequence[float]) -> dict:

@@ -1,7 +1,8 @@
-"""A complete Hugging Face Qwen2.5-VL directory of 0.4M random parameters: the model of tests and quickstart."""
+"""What tests, quickstart and `--config-name tiny` run on: a Qwen2.5-VL of 0.4M random parameters, as from the Hub."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.files import whole_directory
-from nemo_vopd.tools.prepare.synthetic import COLOURS
+from nemo_vopd.tools.prepare.folders import whole_directory
+from nemo_vopd.tools.prepare.prepare import prepare
+from nemo_vopd.tools.prepare.synthetic import COLOURS, write_digits
+
+TINY_MODEL, TINY_DATA = "tiny-vlm", "tiny-digits"
+"""Last part of the paths in conf/model/tiny.yaml and conf/data/tiny.yaml; other paths are the user's own."""
+NUM_SAMPLES = 256
+_SEED = 1
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -73,9 +80,6 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
     `vision_` (`vision_depth=3`). The same seed and sizes give the same files. Raises OptionError for an unknown
     size and when `output` exists.
     """
-    output = Path(output)
-    if output.exists():
-        raise OptionError("output", output, "exists", "choose another directory or remove it")
     config = _config(overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,17 +90,37 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
     )
     disable_progress_bar()  # for one small file
     try:
-        with whole_directory(output, option="output") as temporary:
+        with whole_directory(Path(output)) as temporary:
             model.save_pretrained(temporary)
             _tokenizer().save_pretrained(temporary)
             # bilinear: as the 42 to 56 pixel enlargement of the quickstart's crops was tuned
             Qwen2VLImageProcessorPil(resample=2).save_pretrained(temporary)
-            for file in temporary.iterdir():
-                file.chmod(
-                    (temporary / "config.json").stat().st_mode
-                )  # safetensors writes files only its owner can read
+            for file in temporary.iterdir():  # safetensors writes files that only its owner can read
+                file.chmod((temporary / "config.json").stat().st_mode)
     except FileExistsError:
         pass  # a concurrent caller was faster; what it wrote is the same
+
+
+def ensure_tiny_assets(hf_path: Path, data_path: Path) -> None:
+    """Make the tiny model and the tiny data set where they are missing and the paths bear the tiny run's names.
+
+    Deterministic, and safe for concurrent processes: each writes under a temporary name, the first rename wins and
+    the others use its result. What exists is left as it is. Raises OptionError when a place cannot be written.
+    """
+
+    def make_data(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_digits(Path(scratch) / "digits", num_samples=NUM_SAMPLES, seed=_SEED)
+            prepare(Path(scratch) / "digits" / "data.jsonl", path, workers=1, progress=False)
+
+    makers = {TINY_MODEL: (hf_path, lambda path: write_tiny_model(path, seed=_SEED)), TINY_DATA: (data_path, make_data)}
+    for name, (path, make) in makers.items():
+        if path.name == name and not path.exists():
+            try:
+                make(path)
+            except OptionError:
+                if not path.exists():
+                    raise
 
 
 def _id(token: str) -> int:

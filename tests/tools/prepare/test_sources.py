@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.columns import Columns
+from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.sources import open_source
 from tests.tools.prepare.test_prepare import stored
@@ -355,7 +355,7 @@ def test_wrong_sources(folder):
 
 def test_tables_in_processes_and_damage_that_shows_late(folder):
     """Workers import neither torch nor Megatron; a page that cannot be read ends all with one line."""
-    code = "import sys; from nemo_vopd.tools.prepare import prepare, tables, worker; print(*sys.modules)"
+    code = "import sys; from nemo_vopd.tools.prepare import prepare, rows, shards; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "pyarrow" in loaded and not {"torch", "megatron", "transformers", "hydra"} & set(loaded)
     rows = {"image": FULL * 20, "question": [f"what is {i}?" for i in range(NUM * 20)], "bbox": BOXES * 20}
