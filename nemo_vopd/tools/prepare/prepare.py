@@ -28,7 +28,7 @@ from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks
 from nemo_vopd.tools.prepare.shards import ShardJob, write_chunks
 from nemo_vopd.tools.prepare.sources import open_sources
-from nemo_vopd.tools.prepare.statistics import Statistics, gather, total
+from nemo_vopd.tools.prepare.statistics import Statistics, total
 
 
 @dataclass
@@ -41,6 +41,12 @@ class _Part:
     jobs: list[ShardJob] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     weight: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What the data card tells of the source."""
+        kept, dropped = self.statistics.kept, self.statistics.dropped.total()
+        named = {"path": str(self.source.path), "layout": self.source.layout}
+        return {**named, "kept": kept, "dropped": dropped, "weight": self.weight}
 
 
 def prepare(
@@ -83,9 +89,13 @@ def prepare(
                 part.jobs = _jobs(part, chunks, chosen, folder)
             _write([job for part in parts for job in part.jobs], workers, progress)
             for part in parts:
-                part.statistics = gather(job.note for job in part.jobs)
+                part.statistics = total(Statistics(**json.loads(job.note.read_bytes())) for job in part.jobs)
                 _check_kept(part, chosen)
-            _finish(parts, chosen, depends_on, crop or {}, folder / "result", progress)
+            data_sets = _write_indexes(parts, chosen, folder / "result", progress)
+            whole = total(part.statistics for part in parts)
+            told = {name: value for name, value in depends_on.items() if name not in ("source", "files", "weights")}
+            summaries = [part.summary() for part in parts]
+            write_card(folder / "result", whole, summaries, data_sets, told, crop or {})
             if output.exists():  # it goes away with the folder
                 shutil.rmtree(folder / "replaced", ignore_errors=True)
                 os.rename(output, folder / "replaced")
@@ -93,7 +103,8 @@ def prepare(
         except OSError as error:
             why = f"{output} cannot be written ({error.strerror or error})"
             raise RunError(f"{why}; make room and give the same command again to continue") from None
-    return _report(parts, chosen, output)
+    _report(parts, whole, chosen, output)
+    return {"kept": whole.kept, "dropped": dict(whole.dropped.most_common())}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -158,15 +169,8 @@ def _check_kept(part: _Part, options: PrepareOptions) -> None:
             raise OptionError("validation_fraction", options.validation_fraction, rule, "set another, or 0")
 
 
-def _finish(
-    parts: Sequence[_Part],
-    options: PrepareOptions,
-    depends_on: dict[str, Any],
-    crop: dict[str, Any],
-    result: Path,
-    progress: bool,
-) -> None:
-    """Indexes, manifests, blends and the card of all shards in `result`."""
+def _write_indexes(parts: Sequence[_Part], options: PrepareOptions, result: Path, progress: bool) -> list[str]:
+    """Indexes, manifests and blends of all shards in `result`; the folders of the data sets."""
     data_sets: list[str] = []
     for number, part in enumerate(parts):
         for split, name in options.splits().items():
@@ -178,31 +182,18 @@ def _finish(
             part.weight = float(options.weights[number] if options.weights else part.statistics.splits()["train"])
     if len(parts) > 1:
         for split, name in options.splits().items():
-            entries = [(f"{part.name}/{name}".rstrip("/"), part.weight or 1.0) for part in parts]
+            entries = [((Path(part.name) / name).as_posix(), part.weight or 1.0) for part in parts]
             write_blend(result / ("blend.yaml" if split == "train" else f"{split}.yaml"), entries)
-    sources = [
-        {
-            "path": str(part.source.path),
-            "layout": part.source.layout,
-            "kept": part.statistics.kept,
-            "dropped": part.statistics.dropped.total(),
-            "weight": part.weight,
-        }
-        for part in parts
-    ]
-    told = {name: value for name, value in depends_on.items() if name not in ("source", "files", "weights")}
-    write_card(result, total(part.statistics for part in parts), sources, data_sets, told, crop)
+    return data_sets
 
 
-def _report(parts: Sequence[_Part], options: PrepareOptions, output: Path) -> dict:
-    whole = total(part.statistics for part in parts)
+def _report(parts: Sequence[_Part], whole: Statistics, options: PrepareOptions, output: Path) -> None:
     print(f"kept {whole.kept} records in {output}, dropped {whole.dropped.total()}")
     for reason, count in whole.dropped.most_common():
         print(f"  dropped {count}: {reason} (first: {whole.examples[reason]})")
     for part in parts if len(parts) > 1 else ():
-        statistics = part.statistics
-        numbers = f"kept {statistics.kept}, dropped {statistics.dropped.total()}, weight {part.weight:g}"
-        print(f"  {part.source.path}: {numbers}")
+        told = part.summary()
+        print("  {path}: kept {kept}, dropped {dropped}, weight {weight:g}".format(**told))
     if options.validation_fraction:
         print("  " + ", ".join(f"{name}: {count} records" for name, count in whole.splits().items()))
     if whole.having["hint"]:
@@ -210,4 +201,3 @@ def _report(parts: Sequence[_Part], options: PrepareOptions, output: Path) -> di
         print(f'  {whole.having["hint"]} questions carry the hint "{options.hint_text}" ({what})')
     if whole.having["box"] and whole.largest_coordinate <= 1 and options.bbox_format == "xyxy":
         print("  every box lies within the first pixel: if they are fractions, set bbox_format=xyxy_unit")
-    return {"kept": whole.kept, "dropped": dict(whole.dropped.most_common())}

@@ -19,11 +19,10 @@ from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks
 from nemo_vopd.tools.prepare.sources import open_sources
 from nemo_vopd.views import UnusableSample, check_box, check_sides, crop_box, load_image
 
-_PAPER, _INK, _MUTED, _LINE, _RED, _WHITE = "#faf9f7", "#1c2128", "#59626e", "#d8d5cf", "#dd2d1e", "#ffffff"
+_PAPER, _INK, _MUTED, _LINE, _RED = "#faf9f7", "#1c2128", "#59626e", "#d8d5cf", "#dd2d1e"
 _MARGIN, _GAP, _FULL, _CROP, _HEIGHT, _TOP = 28, 16, 400, 290, 290, 84
 _CELL_WIDTH, _TEXT_HEIGHT = _FULL + _GAP + _CROP, 116
 _CHUNK, _TRIES = 64, 16
-
 Frame = tuple[Sequence[float], str, str]
 """Box in an image, colour of the halo around it, colour of the frame."""
 
@@ -127,22 +126,18 @@ def _draw(cells: list[_Cell], crop: dict[str, Any], crop_pixels: tuple[int, int]
     for number, cell in enumerate(cells):
         x = _MARGIN + number % columns * (_CELL_WIDTH + _MARGIN)
         y = _TOP + number // columns * (_HEIGHT + _TEXT_HEIGHT + _MARGIN)
-        _draw_images(sheet, cell, x, y)
+        frames: list[Frame] = [] if cell.window is None else [(cell.window, _PAPER, _MUTED)]
+        frames_of_crop: list[Frame] = []
+        if cell.record.bbox is not None:
+            x1, y1, x2, y2 = check_box(cell.record.bbox, cell.image.size)
+            frames.append(((x1, y1, x2, y2), "#ffffff", _RED))
+            if cell.window is not None:
+                left, top = cell.window[:2]
+                frames_of_crop = [((x1 - left, y1 - top, x2 - left, y2 - top), "#ffffff", _RED)]
+        _paste(sheet, cell.image, x, y, _FULL, frames)
+        _paste(sheet, cell.crop, x + _FULL + _GAP, y, _CROP, frames_of_crop)
         _draw_text(draw, cell, x, y + _HEIGHT, crop_pixels)
     return sheet
-
-
-def _draw_images(sheet: Image.Image, cell: _Cell, x: int, y: int) -> None:
-    frames: list[Frame] = [] if cell.window is None else [(cell.window, _PAPER, _MUTED)]
-    frames_of_crop: list[Frame] = []
-    if cell.record.bbox is not None:
-        x1, y1, x2, y2 = check_box(cell.record.bbox, cell.image.size)
-        frames.append(((x1, y1, x2, y2), _WHITE, _RED))
-        if cell.window is not None:
-            left, top = cell.window[:2]
-            frames_of_crop.append(((x1 - left, y1 - top, x2 - left, y2 - top), _WHITE, _RED))
-    _paste(sheet, cell.image, x, y, _FULL, frames)
-    _paste(sheet, cell.crop, x + _FULL + _GAP, y, _CROP, frames_of_crop)
 
 
 def _paste(sheet: Image.Image, image: Image.Image, left: int, y: int, width: int, frames: Sequence[Frame]) -> None:
@@ -165,10 +160,10 @@ def _draw_text(draw: ImageDraw.ImageDraw, cell: _Cell, x: int, y: int, crop_pixe
     record = cell.record
     bold, small = ImageFont.load_default(16), ImageFont.load_default(14)
     line = y + 8
-    for text in _lines(" ".join(record.question.split()), 84, 2):
+    for text in textwrap.wrap(_printable(record.question), 84, max_lines=2, placeholder=" ..."):
         draw.text((x, line), text, _INK, bold)
         line += 21
-    answer = "no answer" if record.answer is None else f"answer: {' '.join(record.answer.split())}"
+    answer = "no answer" if record.answer is None else f"answer: {record.answer}"
     for text in (_shorten(answer, 100), _sizes(cell, crop_pixels), _shorten(record.id, 100)):
         draw.text((x, line + 1), text, _MUTED, small)
         line += 19
@@ -186,13 +181,10 @@ def _sizes(cell: _Cell, crop_pixels: tuple[int, int]) -> str:
     return text + (f"; box {100 * share:.2g}% of the image" if share is not None else "; no box")
 
 
-def _lines(text: str, width: int, most: int) -> list[str]:
-    lines = textwrap.wrap(text, width) or [""]
-    if len(lines) > most:
-        lines = [*lines[: most - 1], _shorten(" ".join(lines[most - 1 :]), width)]
-    return lines
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _shorten(text: str, width: int) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = _printable(text)
     return text if len(text) <= width else text[: width - 3].rstrip() + "..."

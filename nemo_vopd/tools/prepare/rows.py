@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -60,8 +59,8 @@ class Chunk:
 
 
 @dataclass
-class Source(ABC):
-    """Records on disk. A source is small and can be pickled: workers open it again."""
+class Source:
+    """Records on disk: a JSONL file, or tables. A source is small and can be pickled: workers open it again."""
 
     path: Path
     """Path as the user gave it."""
@@ -73,25 +72,42 @@ class Source(ABC):
     """Beginning of the ids of records without one."""
     layout: str
     """Name of the form that it was found to have."""
-    tabular: ClassVar[bool] = False
-    """Whether columns are typed (parquet, arrow) and images may be bytes."""
-    unit: ClassVar[str] = "line"
-    """line | row: what `Row.number` counts."""
+    tabular: bool
+    """Whether the files are tables, parquet or arrow (`save_to_disk` of `datasets`), in which images may be bytes."""
 
-    @abstractmethod
+    @property
+    def unit(self) -> str:
+        """Name of what `Row.number` counts."""
+        return "row" if self.tabular else "line"
+
+    @cached_property
+    def _num_rows(self) -> list[int]:
+        """Number of rows of each table; counted once, workers get it with the source."""
+        return [_num_rows(file) for file in self.files]
+
     def size(self) -> int:
-        """The end of `Row.offset`. Raises OptionError when a file cannot be read."""
+        """The end of `Row.offset`. Raises OptionError when a table cannot be read."""
+        return sum(self._num_rows) if self.tabular else self.files[0].stat().st_size
 
-    @abstractmethod
     def outlines(self) -> list[dict]:
-        """For each schema a record without values; none where each record has its own keys."""
+        """For each schema a record without values; none of JSONL, where each record has its own keys."""
+        return [_outline(file) for file in self.files] if self.tabular else []
 
-    @abstractmethod
     def rows(self, names: set[str], offset: int = 0, number: int = 1) -> Iterator[Row]:
-        """The rows from `offset` on, the first of which is called `number`; tables read the columns `names` alone.
+        """The rows from `offset` on, the first of which is called `number`; of tables only the columns `names`.
 
-        Raises OptionError when a file is damaged.
+        Raises OptionError when a table is damaged.
         """
+        if not self.tabular:
+            yield from _json_lines(self.files[0], offset, number)
+            return
+        first = 0
+        for file, num_rows in zip(self.files, self._num_rows, strict=True):
+            if offset < first + num_rows:
+                for values in _table_values(file, offset - first, names):
+                    yield Row(offset, offset + 1, values)
+                    offset += 1
+            first += num_rows
 
     def chunk_rows(self, chunk: Chunk, columns: Columns) -> Iterator[tuple[int, Row]]:
         """(place, row) of the records of `chunk`."""
@@ -100,33 +116,22 @@ class Source(ABC):
             yield place, next(rows)
 
 
-class JsonlSource(Source):
-    """One JSON object a line.
+def _json_lines(path: Path, offset: int, number: int) -> Iterator[Row]:
+    """The lines that are not blank; what is no JSON object becomes UnusableSample.
 
     pyarrow and `datasets` would refuse a file for one malformed line; here that costs one record.
     """
-
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.files[0].stat().st_size
-
-    def outlines(self) -> list[dict]:
-        """None: lines may differ in their keys."""
-        return []
-
-    def rows(self, names: set[str], offset: int = 0, number: int = 1) -> Iterator[Row]:
-        """The lines that are not blank, whole; what is no JSON object becomes UnusableSample."""
-        with open(self.files[0], "rb") as file:
-            file.seek(offset)
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                start, piece = offset, line
-                offset += len(line)
-                while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
-                    piece = file.readline(MAX_LINE_BYTES + 1)
-                    offset += len(piece)
-                if line.strip() or len(line) > MAX_LINE_BYTES:
-                    yield Row(start, number, _parse(line))
-                number += 1
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            start, piece = offset, line
+            offset += len(line)
+            while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+                piece = file.readline(MAX_LINE_BYTES + 1)
+                offset += len(piece)
+            if line.strip() or len(line) > MAX_LINE_BYTES:
+                yield Row(start, number, _parse(line))
+            number += 1
 
 
 def _parse(line: bytes) -> dict | UnusableSample:
@@ -139,101 +144,63 @@ def _parse(line: bytes) -> dict | UnusableSample:
     return record if isinstance(record, dict) else UnusableSample("malformed_record", "not a JSON object")
 
 
-class TableSource(Source):
-    """The rows of parquet files, or of arrow files, which `save_to_disk` of Hugging Face's `datasets` writes."""
-
-    tabular: ClassVar[bool] = True
-    unit: ClassVar[str] = "row"
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        """Number of rows of each file; counted once, workers get it with the source."""
-        sizes = []
-        for file in self.files:
-            with _readable(file):
-                if _is_parquet(file):
-                    sizes.append(pq.read_metadata(file).num_rows)
-                else:
-                    sizes.append(sum(batch.num_rows for batch in _arrow_batches(file)))
-        return sizes
-
-    def size(self) -> int:
-        """Rows of all files."""
-        return sum(self._sizes)
-
-    def outlines(self) -> list[dict]:
-        """The schema of each file as nested dictionaries."""
-        found = []
-        for file in self.files:
-            with _readable(file):
-                found.append(_outline(pa.struct(list(_schema(file)))))
-        return found
-
-    def rows(self, names: set[str], offset: int = 0, number: int = 1) -> Iterator[Row]:
-        """The rows of all files, one after the other."""
-        first = 0
-        for file, size in zip(self.files, self._sizes, strict=True):
-            if offset < first + size:
-                with _readable(file):
-                    present = sorted(names & set(_schema(file).names))
-                    for values in _values(file, offset - first, size, present):
-                        yield Row(offset, number, values)
-                        offset, number = offset + 1, number + 1
-            first += size
-
-
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def _opened(table: Path) -> Iterator[pq.ParquetFile | pa.Table]:
+    """A table whose rows are not read yet. Raises OptionError, also for damage that the block comes upon."""
     try:
-        yield
+        if table.suffix == ".parquet":
+            # Buffered and not read ahead, which a pyarrow.dataset cannot do: else a row group, which may be gigabytes,
+            # would be in memory as a whole.
+            with pq.ParquetFile(table, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+                yield file
+        else:
+            with pa.memory_map(str(table)) as file:
+                yield pa.ipc.open_stream(file).read_all()  # views into the file: what is not looked at is not read
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise OptionError("source", file, f"cannot be read ({reason})", "copy the file again") from None
+        raise OptionError("source", table, f"cannot be read ({reason})", "copy the file again") from None
 
 
-def _is_parquet(file: Path) -> bool:
-    return file.suffix == ".parquet"
+def _schema(opened: pq.ParquetFile | pa.Table) -> pa.Schema:
+    return opened.schema_arrow if isinstance(opened, pq.ParquetFile) else opened.schema
 
 
-def _schema(file: Path) -> pa.Schema:
-    if _is_parquet(file):
-        return pq.read_schema(file)
-    with pa.memory_map(str(file)) as mapped:
-        return pa.ipc.open_stream(mapped).schema
+def _num_rows(table: Path) -> int:
+    with _opened(table) as opened:
+        return opened.metadata.num_rows if isinstance(opened, pq.ParquetFile) else opened.num_rows
 
 
-def _outline(kind: pa.DataType) -> dict | None:
-    return {one.name: _outline(one.type) for one in kind.fields} if isinstance(kind, pa.StructType) else None
+def _outline(table: Path) -> dict:
+    """A record of `table` without values: names, and for structs the names in them."""
+
+    def names(fields: Iterable[pa.Field]) -> dict:
+        return {one.name: names(one.type.fields) if isinstance(one.type, pa.StructType) else None for one in fields}
+
+    with _opened(table) as opened:
+        return names(_schema(opened))
 
 
-def _values(file: Path, start: int, stop: int, names: list[str]) -> Iterator[dict]:
-    """The rows from `start` to `stop`, the end of the file, as dictionaries of the columns `names`."""
-    if not names:
-        yield from ({} for _ in range(start, stop))
-        return
-    first, batches = _parquet_batches(file, start, names) if _is_parquet(file) else (0, _arrow_batches(file))
+def _table_values(table: Path, start: int, wanted: set[str]) -> Iterator[dict]:
+    """The rows from `start` on, as dictionaries of the columns `wanted` that the table has."""
+    with _opened(table) as opened:
+        columns = [name for name in _schema(opened).names if name in wanted]
+        for batch in _batches(opened, start, columns):
+            for place in range(batch.num_rows):
+                # one row at a time becomes Python objects: that copies its images
+                yield batch.slice(place, 1).to_pylist()[0]
+
+
+def _batches(opened: pq.ParquetFile | pa.Table, start: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    if isinstance(opened, pq.ParquetFile):
+        ends = np.cumsum([opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)])
+        group = int(np.searchsorted(ends, start, side="right"))
+        start -= int(ends[group - 1]) if group else 0
+        batches = opened.iter_batches(_PARQUET_BATCH, range(group, len(ends)), columns, use_threads=False)
+    else:
+        batches = opened.select(columns).to_batches()
     for batch in batches:
-        for place in range(max(start - first, 0), batch.num_rows):
-            # one row at a time becomes Python objects: that copies its images
-            yield batch.select(names).slice(place, 1).to_pylist()[0]
-        first += batch.num_rows
-
-
-def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Views into the mapped file: what is not looked at is not read."""
-    with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
-        yield from stream
-
-
-def _parquet_batches(file: Path, start: int, names: list[str]) -> tuple[int, Iterator[pa.RecordBatch]]:
-    """The row that the row group with row `start` begins with, and batches from there on."""
-    # Buffered and not read ahead, which a pyarrow.dataset cannot do: else a row group, which may be gigabytes, would
-    # be in memory as a whole.
-    table = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
-    ends = np.cumsum([table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)])
-    group = int(np.searchsorted(ends, start, side="right"))
-    groups = list(range(group, len(ends)))
-    return int(ends[group - 1]) if group else 0, table.iter_batches(_PARQUET_BATCH, groups, names, use_threads=False)
+        yield batch.slice(start)
+        start = max(start - batch.num_rows, 0)
 
 
 def plan_chunks(source: Source, chunk_size: int, columns: Columns, progress: bool) -> list[Chunk]:
@@ -254,7 +221,7 @@ def plan_chunks(source: Source, chunk_size: int, columns: Columns, progress: boo
 
     for outline in source.outlines():
         look_at(outline)
-    unit = "B" if source.unit == "line" else "row"
+    unit = "row" if source.tabular else "B"
     with tqdm(
         total=source.size(), unit=unit, unit_scale=True, desc="records", disable=not progress, leave=False
     ) as bar:

@@ -7,7 +7,6 @@ A record is stored as `<place>.image` (the file's bytes as they are), optionally
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import multiprocessing
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vopd.errors import RunError
+from nemo_vopd.tools.prepare.index import sha256
 from nemo_vopd.tools.prepare.intake import Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Row, Source
@@ -70,13 +70,12 @@ class ShardJob:
 
 
 class ShardWriter:
-    """A tar file (USTAR, no times, no owners) that takes its name last."""
+    """A tar file (USTAR, no times, no owners) that takes its name when it is whole."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
-        self.path, self.num_records = path, 0
+        self._path, self._num_records = path, 0
         self._temporary = scratch / f"{os.getpid()}-{uuid.uuid4().hex}.tar"
-        self._file = open(self._temporary, "wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)
 
     def add(self, key: str, record: Prepared) -> None:
         """Append the parts of `record`."""
@@ -87,24 +86,15 @@ class ShardWriter:
                 info = tarfile.TarInfo(f"{key}.{name}")
                 info.size = len(data)
                 self._tar.addfile(info, io.BytesIO(data))
-        self.num_records += 1
+        self._num_records += 1
 
     def finish(self) -> dict:
-        """Close the file, without its name yet; {"shard", "records", "bytes", "sha256"}."""
+        """Close the file and give it its name; {"shard", "records", "bytes", "sha256"}."""
         self._tar.close()
-        self._file.close()
-        with open(self._temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"shard": self.path.name, "records": self.num_records, "bytes": file.tell(), "sha256": digest}
-
-    def commit(self) -> None:
-        """Take the name."""
-        os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        entry = {"shard": self._path.name, "records": self._num_records, "bytes": self._temporary.stat().st_size}
+        digest = sha256(self._temporary)
+        os.replace(self._temporary, self._path)
+        return {**entry, "sha256": digest}
 
 
 def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -> None:
@@ -115,23 +105,16 @@ def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -
     name = f"shard-{job.chunk.index:06d}.tar"
     writers: dict[str, ShardWriter] = {}
     note = Statistics()
-    try:
-        for place, row, result in _checked(job, threads):
-            if isinstance(result, UnusableSample):
-                note.drop(f"{job.source.unit} {row.number}", result)
-            else:
-                note.keep(result)
-                if result.split not in writers:
-                    writers[result.split] = ShardWriter(job.folders[result.split] / name, job.scratch)
-                writers[result.split].add(f"{place:09d}", result)
-            advance(1)
-        note.shards = {split: [writer.finish()] for split, writer in writers.items()}
-        advance(0)  # a worker whose parent is gone ends here, and gives no file its name
-        for writer in writers.values():
-            writer.commit()
-    finally:
-        for writer in writers.values():
-            writer.discard()
+    for place, row, result in _checked(job, threads):
+        if isinstance(result, UnusableSample):
+            note.drop(f"{job.source.unit} {row.number}", result)
+        else:
+            note.keep(result)
+            if result.split not in writers:
+                writers[result.split] = ShardWriter(job.folders[result.split] / name, job.scratch)
+            writers[result.split].add(f"{place:09d}", result)
+        advance(1)
+    note.shards = {split: [writer.finish()] for split, writer in writers.items()}
     temporary = job.scratch / f"{os.getpid()}-{job.note.name}"
     temporary.write_text(note.to_json())
     os.replace(temporary, job.note)
@@ -220,8 +203,5 @@ def _write(write: Callable, job: ShardJob, threads: int) -> None:
 
 
 def _count(num: int) -> None:
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():
-        os._exit(1)  # the next start has this chunk already
     with _records.get_lock():
         _records.value += num

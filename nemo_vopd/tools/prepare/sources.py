@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.rows import JsonlSource, Source, TableSource
+from nemo_vopd.tools.prepare.rows import Source
 
 _FORMS = "a JSONL file, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
 _PART_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+$")
@@ -41,8 +41,9 @@ def open_source(path: Path, split: str | None = None, image_root: str | None = N
         return _open_folder(path, split, given)
     if not path.is_file():
         raise OptionError("source", path, "is not a file or folder", f"give {_FORMS}")
-    kind, layout = (TableSource, "parquet") if path.suffix == ".parquet" else (JsonlSource, "JSONL")
-    return kind(path, [path], (given or path.parent).resolve(), path.stem, layout)
+    tabular = path.suffix == ".parquet"
+    layout = "parquet" if tabular else "JSONL"
+    return Source(path, [path], (given or path.parent).resolve(), path.stem, layout, tabular)
 
 
 def _has_splits(path: Path) -> bool:
@@ -61,16 +62,16 @@ def _open_folder(path: Path, split: str | None, image_root: Path | None) -> Sour
         saved = path / _choose(_read_json(path / "dataset_dict.json").get("splits", []), split, path)
     if saved != path or (path / "state.json").is_file():
         root = (image_root or saved).resolve()
-        return TableSource(path, _saved_files(saved), root, path.name, "datasets (save_to_disk)")
+        return Source(path, _saved_files(saved), root, path.name, "datasets (save_to_disk)", tabular=True)
     lines = [path / f"{split or 'train'}.jsonl"]
     if not lines[0].is_file():
         lines = sorted(path.glob("*.jsonl")) if split is None else []
     if len(lines) == 1:
         _check_unpacked(image_root or path)
         layout = "Vision-OPD-6K" if (root / "teacher_images").is_dir() else "JSONL"
-        return JsonlSource(path, lines, root, lines[0].stem, layout)
+        return Source(path, lines, root, lines[0].stem, layout, tabular=False)
     if tables := sorted(path.rglob("*.parquet")):
-        return TableSource(path, _of_split(tables, split, path), root, path.name, "parquet folder")
+        return Source(path, _of_split(tables, split, path), root, path.name, "parquet folder", tabular=True)
     names = ", ".join(line.name for line in sorted(path.glob("*.jsonl"))) or "no *.jsonl or *.parquet"
     raise OptionError("source", path, f"is a folder with {names}", f"give {_FORMS}")
 

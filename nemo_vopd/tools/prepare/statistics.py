@@ -7,7 +7,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -82,11 +81,6 @@ def total(parts: Iterable[Statistics]) -> Statistics:
     for part in parts:
         whole.add(part)
     return whole
-
-
-def gather(notes: Iterable[Path]) -> Statistics:
-    """The sum of the `notes`, given in order."""
-    return total(Statistics(**json.loads(note.read_bytes())) for note in notes)
 
 
 def histogram(values: Sequence[float], edges: Sequence[float]) -> dict:

@@ -22,21 +22,8 @@ from nemo_vopd.tools.prepare.folders import whole_directory
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.synthetic import COLOURS, write_digits
 
-TINY_MODEL, TINY_DATA = "tiny-vlm", "tiny-digits"
-"""Last part of the paths in conf/model/tiny.yaml and conf/data/tiny.yaml; other paths are the user's own."""
-NUM_SAMPLES = 256
-_SEED = 1
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+_SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 _WORDS = ("user", "assistant", "what", "digit", "is", "it", "a", ".", "?", *map(str, range(10)), *COLOURS)
 _UNKNOWN = "<unk>"
 
@@ -104,27 +91,27 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
 def ensure_tiny_assets(hf_path: Path, data_path: Path) -> None:
     """Make the tiny model and the tiny data set where they are missing and the paths bear the tiny run's names.
 
+    These are the last parts in conf/model/tiny.yaml and conf/data/tiny.yaml; other paths are the user's own.
     Deterministic, and safe for concurrent processes: each writes under a temporary name, the first rename wins and
     the others use its result. What exists is left as it is. Raises OptionError when a place cannot be written.
     """
-
-    def make_data(path: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_digits(Path(scratch) / "digits", num_samples=NUM_SAMPLES, seed=_SEED)
-            prepare(Path(scratch) / "digits" / "data.jsonl", path, workers=1, progress=False)
-
-    makers = {TINY_MODEL: (hf_path, lambda path: write_tiny_model(path, seed=_SEED)), TINY_DATA: (data_path, make_data)}
-    for name, (path, make) in makers.items():
+    for path, name, make in ((hf_path, "tiny-vlm", write_tiny_model), (data_path, "tiny-digits", _write_data)):
         if path.name == name and not path.exists():
             try:
-                make(path)
+                make(path, seed=1)
             except OptionError:
-                if not path.exists():
+                if not path.exists():  # else another process was faster
                     raise
 
 
+def _write_data(output: Path, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_digits(Path(scratch) / "digits", num_samples=256, seed=seed)
+        prepare(Path(scratch) / "digits" / "data.jsonl", output, workers=1, progress=False)
+
+
 def _id(token: str) -> int:
-    return SPECIAL_TOKENS.index(token)
+    return _SPECIAL_TOKENS.index(token)
 
 
 def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
@@ -179,7 +166,7 @@ def _initialise(model: torch.nn.Module, config: Qwen2_5_VLConfig) -> None:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the synthetic task; anything else is <unk>."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, _UNKNOWN, *_WORDS))}
+    vocabulary = {word: i for i, word in enumerate((*_SPECIAL_TOKENS, _UNKNOWN, *_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # splits punctuation off, drops newlines
     return PreTrainedTokenizerFast(
@@ -187,7 +174,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         unk_token=_UNKNOWN,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
+        extra_special_tokens=_SPECIAL_TOKENS,
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
