@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_vopd.tools.prepare.statistics import AREA_EDGES, MEGAPIXEL_EDGES, Statistics, histogram
+import numpy as np
+
+from nemo_vopd.tools.prepare.shards import Statistics
 from nemo_vopd.tools.report.numbers import file_size, format_area
 from nemo_vopd.tools.report.page import templates
 from nemo_vopd.tools.report.parts import Cell, Counts, Facts, Table
 
+_MEGAPIXEL_EDGES = (0, 0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 16, 32, 100)
+_AREA_EDGES = (0, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _WORDS = {
     "malformed_record": "not of the form that is expected",
     "duplicate_id": "an earlier record has the same id",
@@ -42,8 +46,8 @@ def write_card(
         "splits": whole.splits(),
         "parts": parts,
         **{f"with_{name}": count for name, count in whole.having.items()},
-        "image_megapixels": histogram(whole.megapixels, MEGAPIXEL_EDGES),
-        "relative_box_area": histogram(whole.relative_area, AREA_EDGES),
+        "image_megapixels": _binned(whole.megapixels, _MEGAPIXEL_EDGES),
+        "relative_box_area": _binned(whole.relative_area, _AREA_EDGES),
         "crop": crop,
         "options": options,
     }
@@ -113,6 +117,17 @@ def _histogram(title: str, data: dict, as_text: Callable[[float], str]) -> list[
     edges = [as_text(edge) for edge in data["edges"]]
     ranges = [f"{low} to {high}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     return [(Counts(list(zip(ranges, map(float, data["counts"]), strict=True)), title), as_text(data["median"]))]
+
+
+def _binned(values: Sequence[float], edges: Sequence[float]) -> dict:
+    """{"edges": [n + 1], "counts": [n], "median": number or null}; empty bins at both ends are left out."""
+    if not values:
+        return {"edges": [], "counts": [], "median": None}
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), np.array(edges, dtype=float))
+    used = np.flatnonzero(counts)
+    low, high = int(used[0]), int(used[-1]) + 1
+    median = float(f"{np.median(values):.6g}")
+    return {"edges": list(edges[low : high + 1]), "counts": counts[low:high].tolist(), "median": median}
 
 
 def _option(value: object) -> str:

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +28,13 @@ def whole_directory(output: Path) -> Iterator[Path]:
     """
     if output.exists():
         raise OptionError("output", output, "exists", "choose another directory or remove it")
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise _not_writable(output, error) from None
     try:
         yield temporary
-        mask = os.umask(0o022)  # the only portable way to read it is to set it
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)  # mkdtemp makes private directories; ranks of other users read this one
         if output.exists():  # rename would silently take the place of an empty directory
             raise FileExistsError(output)
         try:

@@ -55,7 +55,7 @@ def write_index(folder: Path, *, progress: bool = False) -> None:
 
 
 def write_manifest(folder: Path, shards: list[dict], source: str) -> None:
-    """Note what `verify` compares with. `shards`: entries of `ShardWriter.finish`."""
+    """Note what `verify` compares with. `shards`: entries of `Statistics.shards`."""
     names = sorted(path.relative_to(folder).as_posix() for path in [*folder.glob("*.idx"), *folder.glob(f"{META}/*")])
     entries = {entry["shard"]: {key: entry[key] for key in ("records", "bytes", "sha256")} for entry in shards}
     index = {name: sha256(folder / name) for name in names}

@@ -26,9 +26,8 @@ from nemo_vopd.tools.prepare.folders import partial_folder
 from nemo_vopd.tools.prepare.index import META, load_energon, write_index, write_manifest
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks
-from nemo_vopd.tools.prepare.shards import ShardJob, write_chunks
+from nemo_vopd.tools.prepare.shards import ShardJob, Statistics, total, write_chunks
 from nemo_vopd.tools.prepare.sources import open_sources
-from nemo_vopd.tools.prepare.statistics import Statistics, total
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,7 @@ def write_preview(
         raise OptionError("source", paths[0], f"none of {tried} records can be used", "prepare it to see why")
     sheet = _draw(cells, crop, crop_pixels, ", ".join(map(str, paths)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    sheet.save(temporary, "PNG")
-    os.replace(temporary, target)
+    sheet.save(target)
     print(f"{len(cells)} records in {target}; {tried - len(cells)} others could not be used")
 
 
@@ -158,14 +155,13 @@ def _paste(sheet: Image.Image, image: Image.Image, left: int, y: int, width: int
 
 def _draw_text(draw: ImageDraw.ImageDraw, cell: _Cell, x: int, y: int, crop_pixels: tuple[int, int]) -> None:
     record = cell.record
-    bold, small = ImageFont.load_default(16), ImageFont.load_default(14)
     line = y + 8
     for text in textwrap.wrap(_printable(record.question), 84, max_lines=2, placeholder=" ..."):
-        draw.text((x, line), text, _INK, bold)
+        draw.text((x, line), text, _INK, ImageFont.load_default(16))
         line += 21
     answer = "no answer" if record.answer is None else f"answer: {record.answer}"
-    for text in (_shorten(answer, 100), _sizes(cell, crop_pixels), _shorten(record.id, 100)):
-        draw.text((x, line + 1), text, _MUTED, small)
+    for text in (answer, _sizes(cell, crop_pixels), record.id):
+        draw.text((x, line + 1), _shorten(text, 100), _MUTED, ImageFont.load_default(14))
         line += 19
     draw.line((x, y + _TEXT_HEIGHT, x + _CELL_WIDTH, y + _TEXT_HEIGHT), _LINE)
 

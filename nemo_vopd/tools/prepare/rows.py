@@ -81,17 +81,17 @@ class Source:
         return "row" if self.tabular else "line"
 
     @cached_property
-    def _num_rows(self) -> list[int]:
-        """Number of rows of each table; counted once, workers get it with the source."""
-        return [_num_rows(file) for file in self.files]
+    def _headers(self) -> list[tuple[int, pa.Schema]]:
+        """Number of rows and schema of each table; read once, workers get them with the source."""
+        return [_header(file) for file in self.files]
 
     def size(self) -> int:
         """The end of `Row.offset`. Raises OptionError when a table cannot be read."""
-        return sum(self._num_rows) if self.tabular else self.files[0].stat().st_size
+        return sum(num_rows for num_rows, _ in self._headers) if self.tabular else self.files[0].stat().st_size
 
     def outlines(self) -> list[dict]:
         """For each schema a record without values; none of JSONL, where each record has its own keys."""
-        return [_outline(file) for file in self.files] if self.tabular else []
+        return [_outline(schema) for _, schema in self._headers] if self.tabular else []
 
     def rows(self, names: set[str], offset: int = 0, number: int = 1) -> Iterator[Row]:
         """The rows from `offset` on, the first of which is called `number`; of tables only the columns `names`.
@@ -102,9 +102,10 @@ class Source:
             yield from _json_lines(self.files[0], offset, number)
             return
         first = 0
-        for file, num_rows in zip(self.files, self._num_rows, strict=True):
+        for file, (num_rows, schema) in zip(self.files, self._headers, strict=True):
             if offset < first + num_rows:
-                for values in _table_values(file, offset - first, names):
+                columns = [name for name in schema.names if name in names]
+                for values in _table_values(file, offset - first, columns):
                     yield Row(offset, offset + 1, values)
                     offset += 1
             first += num_rows
@@ -161,29 +162,21 @@ def _opened(table: Path) -> Iterator[pq.ParquetFile | pa.Table]:
         raise OptionError("source", table, f"cannot be read ({reason})", "copy the file again") from None
 
 
-def _schema(opened: pq.ParquetFile | pa.Table) -> pa.Schema:
-    return opened.schema_arrow if isinstance(opened, pq.ParquetFile) else opened.schema
-
-
-def _num_rows(table: Path) -> int:
+def _header(table: Path) -> tuple[int, pa.Schema]:
     with _opened(table) as opened:
-        return opened.metadata.num_rows if isinstance(opened, pq.ParquetFile) else opened.num_rows
+        if isinstance(opened, pq.ParquetFile):
+            return opened.metadata.num_rows, opened.schema_arrow
+        return opened.num_rows, opened.schema
 
 
-def _outline(table: Path) -> dict:
-    """A record of `table` without values: names, and for structs the names in them."""
+def _outline(columns: Iterable[pa.Field]) -> dict:
+    """The names of `columns`, and for structs the names in them."""
+    return {one.name: _outline(one.type.fields) if isinstance(one.type, pa.StructType) else None for one in columns}
 
-    def names(fields: Iterable[pa.Field]) -> dict:
-        return {one.name: names(one.type.fields) if isinstance(one.type, pa.StructType) else None for one in fields}
 
+def _table_values(table: Path, start: int, columns: list[str]) -> Iterator[dict]:
+    """The rows from `start` on as dictionaries of `columns`."""
     with _opened(table) as opened:
-        return names(_schema(opened))
-
-
-def _table_values(table: Path, start: int, wanted: set[str]) -> Iterator[dict]:
-    """The rows from `start` on, as dictionaries of the columns `wanted` that the table has."""
-    with _opened(table) as opened:
-        columns = [name for name in _schema(opened).names if name in wanted]
         for batch in _batches(opened, start, columns):
             for place in range(batch.num_rows):
                 # one row at a time becomes Python objects: that copies its images

@@ -6,7 +6,6 @@ A record is stored as `<place>.image` (the file's bytes as they are), optionally
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import multiprocessing
@@ -17,11 +16,13 @@ import tarfile
 import threading
 import types
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from nemo_vopd.tools.prepare.index import sha256
 from nemo_vopd.tools.prepare.intake import Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Row, Source
-from nemo_vopd.tools.prepare.statistics import Statistics
 from nemo_vopd.views import UnusableSample
 
 _REPORT_SECONDS = 0.2
@@ -69,32 +69,66 @@ class ShardJob:
             return False
 
 
-class ShardWriter:
-    """A tar file (USTAR, no times, no owners) that takes its name when it is whole."""
+@dataclass
+class Statistics:
+    """What was kept, dropped and measured: in one chunk, in a source, or in several."""
 
-    def __init__(self, path: Path, scratch: Path) -> None:
-        self._path, self._num_records = path, 0
-        self._temporary = scratch / f"{os.getpid()}-{uuid.uuid4().hex}.tar"
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)
+    shards: dict[str, list[dict]] = field(default_factory=dict)
+    """Split -> {"shard", "records", "bytes", "sha256"} of each shard."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """Reason -> the first record that was dropped for it."""
+    having: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("answer", "box", "crop", "hint"), 0))
+    """Number of records with each of these."""
+    megapixels: array[float] = field(default_factory=lambda: array("d"))
+    relative_area: array[float] = field(default_factory=lambda: array("d"))
+    largest_coordinate: float = 0.0
+    """Largest coordinate of all boxes, in pixels."""
 
-    def add(self, key: str, record: Prepared) -> None:
-        """Append the parts of `record`."""
-        meta = {"id": record.id, "question": record.question, "bbox": record.bbox, "answer": record.answer}
-        parts = {"image": record.image, "crop": record.crop, "json": json.dumps(meta, ensure_ascii=False).encode()}
-        for name, data in parts.items():
-            if data is not None:
-                info = tarfile.TarInfo(f"{key}.{name}")
-                info.size = len(data)
-                self._tar.addfile(info, io.BytesIO(data))
-        self._num_records += 1
+    @property
+    def kept(self) -> int:
+        """Records that were stored."""
+        return sum(self.splits().values())
 
-    def finish(self) -> dict:
-        """Close the file and give it its name; {"shard", "records", "bytes", "sha256"}."""
-        self._tar.close()
-        entry = {"shard": self._path.name, "records": self._num_records, "bytes": self._temporary.stat().st_size}
-        digest = sha256(self._temporary)
-        os.replace(self._temporary, self._path)
-        return {**entry, "sha256": digest}
+    def splits(self) -> dict[str, int]:
+        """Records of each split."""
+        return {name: sum(entry["records"] for entry in entries) for name, entries in sorted(self.shards.items())}
+
+    def drop(self, place: str, unusable: UnusableSample) -> None:
+        """Count the record at `place`, which cannot be used."""
+        self.dropped[unusable.reason] += 1
+        self.examples.setdefault(unusable.reason, f"{place}: {unusable.detail or unusable.reason}"[:200])
+
+    def keep(self, record: Prepared) -> None:
+        """Count a record that is stored."""
+        self.having["answer"] += record.answer is not None
+        self.having["box"] += record.bbox is not None
+        self.having["crop"] += record.crop is not None
+        self.having["hint"] += record.hinted
+        self.megapixels.append(float(f"{record.size[0] * record.size[1] / 1e6:.6g}"))
+        area = record.relative_area()
+        if area is not None and record.bbox is not None:
+            self.relative_area.append(float(f"{area:.6g}"))
+            self.largest_coordinate = min(1e6, max(self.largest_coordinate, *record.bbox))
+
+    def add(self, later: Statistics) -> None:
+        """Add what comes later in the order of the records: of the examples, the earlier ones stay."""
+        for split, entries in later.shards.items():
+            self.shards.setdefault(split, []).extend(entries)
+        self.dropped.update(later.dropped)
+        self.examples = {**later.examples, **self.examples}
+        self.having = {name: count + later.having[name] for name, count in self.having.items()}
+        self.megapixels.extend(later.megapixels)
+        self.relative_area.extend(later.relative_area)
+        self.largest_coordinate = max(self.largest_coordinate, later.largest_coordinate)
+
+
+def total(parts: Iterable[Statistics]) -> Statistics:
+    """The sum of `parts`, given in order."""
+    whole = Statistics()
+    for part in parts:
+        whole.add(part)
+    return whole
 
 
 def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -> None:
@@ -102,28 +136,46 @@ def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -
 
     Leaves shards (none of a split without records) and the note, each under its name only when whole.
     """
-    name = f"shard-{job.chunk.index:06d}.tar"
-    writers: dict[str, ShardWriter] = {}
+    tars: dict[str, tarfile.TarFile] = {}
     note = Statistics()
-    for place, row, result in _checked(job, threads):
+    for (place, row), result in _checked(job, threads):
         if isinstance(result, UnusableSample):
             note.drop(f"{job.source.unit} {row.number}", result)
         else:
             note.keep(result)
-            if result.split not in writers:
-                writers[result.split] = ShardWriter(job.folders[result.split] / name, job.scratch)
-            writers[result.split].add(f"{place:09d}", result)
+            if result.split not in tars:
+                path = job.scratch / f"{uuid.uuid4().hex}.tar"
+                tars[result.split] = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+            _add(tars[result.split], f"{place:09d}", result)
         advance(1)
-    note.shards = {split: [writer.finish()] for split, writer in writers.items()}
-    temporary = job.scratch / f"{os.getpid()}-{job.note.name}"
-    temporary.write_text(note.to_json())
+    for split, tar in tars.items():
+        num_records = sum(name.endswith(".json") for name in tar.getnames())
+        tar.close()
+        path = Path(str(tar.name))
+        entry = {"shard": f"shard-{job.chunk.index:06d}.tar", "records": num_records, "bytes": path.stat().st_size}
+        note.shards[split] = [{**entry, "sha256": sha256(path)}]
+        os.replace(path, job.folders[split] / entry["shard"])
+    temporary = job.scratch / f"{uuid.uuid4().hex}.json"
+    temporary.write_text(json.dumps(vars(note), default=list))
     os.replace(temporary, job.note)
 
 
-def _checked(job: ShardJob, threads: int) -> Iterator[tuple[int, Row, Prepared | UnusableSample]]:
-    """The records in order, a few of them read ahead by threads: decoding releases the interpreter lock."""
+def _add(tar: tarfile.TarFile, key: str, record: Prepared) -> None:
+    """Append the parts of `record`; without times and owners, which would make the same data other bytes."""
+    meta = {"id": record.id, "question": record.question, "bbox": record.bbox, "answer": record.answer}
+    parts = {"image": record.image, "crop": record.crop, "json": json.dumps(meta, ensure_ascii=False).encode()}
+    for name, data in parts.items():
+        if data is not None:
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
-    def check(place: int, row: Row) -> Prepared | UnusableSample:
+
+def _checked(job: ShardJob, threads: int) -> Iterator[tuple[tuple[int, Row], Prepared | UnusableSample]]:
+    """The records in order, a few of them checked at once: decoding releases the interpreter lock."""
+
+    def check(record: tuple[int, Row]) -> Prepared | UnusableSample:
+        place, row = record
         try:
             if place in job.chunk.duplicates:
                 raise UnusableSample("duplicate_id", "an earlier record has the same id")
@@ -131,15 +183,9 @@ def _checked(job: ShardJob, threads: int) -> Iterator[tuple[int, Row, Prepared |
         except UnusableSample as unusable:
             return unusable
 
-    waiting: deque[tuple[int, Row, Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for place, row in job.source.chunk_rows(job.chunk, job.options.columns):
-            waiting.append((place, row, pool.submit(check, place, row)))
-            if len(waiting) > 2 * threads:
-                done, its_row, future = waiting.popleft()
-                yield done, its_row, future.result()
-        for done, its_row, future in waiting:
-            yield done, its_row, future.result()
+        for records in batched(job.source.chunk_rows(job.chunk, job.options.columns), 4 * threads):
+            yield from zip(records, pool.map(check, records), strict=True)
 
 
 def write_chunks(
@@ -161,9 +207,13 @@ def write_chunks(
     context = multiprocessing.get_context("spawn")  # forked ones would hold what this process has, torch among it
     records, told, others = context.Value("q", 0), 0, set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _begin, (records,))
+    # spawned processes import the main module again, which is a recipe with all that it imports
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
-        with _no_main_module():
-            waiting = {pool.submit(_write, write, job, workers // processes) for job in jobs}
+        waiting = {pool.submit(_write, write, job, workers // processes) for job in jobs}
+    finally:
+        sys.modules["__main__"] = main
+    try:
         while waiting:
             done, waiting = wait(waiting, _REPORT_SECONDS, FIRST_EXCEPTION)
             now = records.value
@@ -178,16 +228,6 @@ def write_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Hide the main module: spawned processes would import it again, which is a recipe with all that it imports."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 def _begin(records: Any) -> None:
     """Set a new process up: Ctrl-C is for the parent, and without a parent this process ends."""
     global _records
@@ -199,9 +239,8 @@ def _begin(records: Any) -> None:
 
 
 def _write(write: Callable, job: ShardJob, threads: int) -> None:
-    write(job, threads, _count)
+    def count(num: int) -> None:
+        with _records.get_lock():
+            _records.value += num
 
-
-def _count(num: int) -> None:
-    with _records.get_lock():
-        _records.value += num
+    write(job, threads, count)

@@ -22,28 +22,26 @@ _TAR_FLAGS = {"gz": "-xz", "tgz": "-xz", "bz2": "-xj", "xz": "-xJ", "zst": "--zs
 
 
 def open_sources(paths: Sequence[Path], split: str | None = None, image_root: str | None = None) -> list[Source]:
-    """The sources at `paths`, as `open_source`; of several, `split` is for those that have splits."""
+    """The sources at `paths`; nothing but names and headers is read.
+
+    `split` chooses a part of a data set that has several; of several sources, it is for those that have splits. Image
+    paths are relative to `image_root` (null: the folder of the source). Raises OptionError (source, split, image_root).
+    """
     if not paths:
         raise OptionError("source", "[]", "names nothing", "give a file or folder, or a list of them")
-    return [open_source(path, split if len(paths) == 1 or _has_splits(path) else None, image_root) for path in paths]
+    root = None if image_root is None else Path(image_root)
+    if root is not None and not root.is_dir():
+        raise OptionError("image_root", root, "is not a folder", "give the folder that image paths start from")
+    return [_open(path, split if len(paths) == 1 or _has_splits(path) else None, root) for path in paths]
 
 
-def open_source(path: Path, split: str | None = None, image_root: str | None = None) -> Source:
-    """The source at `path`; nothing but names and headers is read.
-
-    `split` chooses a part of a data set that has several; image paths are relative to `image_root` (null: the folder
-    of the source). Raises OptionError (source, split, image_root).
-    """
-    given = None if image_root is None else Path(image_root)
-    if given is not None and not given.is_dir():
-        raise OptionError("image_root", given, "is not a folder", "give the folder that image paths start from")
+def _open(path: Path, split: str | None, image_root: Path | None) -> Source:
     if path.is_dir():
-        return _open_folder(path, split, given)
+        return _open_folder(path, split, image_root)
     if not path.is_file():
         raise OptionError("source", path, "is not a file or folder", f"give {_FORMS}")
-    tabular = path.suffix == ".parquet"
-    layout = "parquet" if tabular else "JSONL"
-    return Source(path, [path], (given or path.parent).resolve(), path.stem, layout, tabular)
+    root, tabular = (image_root or path.parent).resolve(), path.suffix == ".parquet"
+    return Source(path, [path], root, path.stem, "parquet" if tabular else "JSONL", tabular)
 
 
 def _has_splits(path: Path) -> bool:
@@ -122,11 +120,10 @@ def _saved_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
-        why = "" if isinstance(value, dict) else "no JSON object"
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
-        why = str(error)
-    if why:
-        raise OptionError("source", path, f"is damaged ({why})", "save or copy the data set again")
+        raise OptionError("source", path, f"is damaged ({error})", "save or copy the data set again") from None
     return value
 
 
@@ -134,11 +131,11 @@ def _check_unpacked(root: Path) -> None:
     """Raise OptionError when images are there only in the archives they are published as: inside or beside a folder."""
     for name in ("images", "teacher_images"):
         inside = _entries(root / name)
-        packed = [entry for entry in inside if _is_archive(entry)]
+        packed = _archives(inside)
         if len(packed) < len(inside):
             continue
-        beside = [entry for entry in _entries(root) if re.match(rf"{name}\W", entry.name) and _is_archive(entry)]
-        if archives := packed or beside:
+        beside = [entry for entry in _entries(root) if re.match(rf"{name}\W", entry.name)]
+        if archives := packed or _archives(beside):
             rule = f"has its images still packed in {archives[0].relative_to(root)}"
             raise OptionError("source", root, rule, f"unpack it: {_unpacking(archives[0], root, name)}")
 
@@ -147,8 +144,8 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(e for e in folder.iterdir() if not e.name.startswith(".")) if folder.is_dir() else []
 
 
-def _is_archive(path: Path) -> bool:
-    return bool(_ARCHIVE.match(path.name)) and path.is_file()
+def _archives(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if _ARCHIVE.match(path.name) and path.is_file()]
 
 
 def _unpacking(archive: Path, root: Path, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nemo_vopd.tools.prepare.synthetic import COLOURS, write_digits
 
 _NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 _SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
+_ID = {name: i for i, name in enumerate(_NAMES)}
 _WORDS = ("user", "assistant", "what", "digit", "is", "it", "a", ".", "?", *map(str, range(10)), *COLOURS)
 _UNKNOWN = "<unk>"
 
@@ -38,7 +40,7 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_TEXT = {
+_SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -49,14 +51,12 @@ _TEXT = {
     "max_window_layers": 3,
     "tie_word_embeddings": False,
     "initializer_range": 0.15,
-}
-_VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 4,
-    "window_size": 56,
-    "initializer_range": 0.15,
+    "vision_depth": 2,
+    "vision_hidden_size": 64,
+    "vision_intermediate_size": 128,
+    "vision_num_heads": 4,
+    "vision_window_size": 56,
+    "vision_initializer_range": 0.15,
 }
 
 
@@ -72,20 +72,17 @@ def write_tiny_model(output: Path, *, seed: int, **overrides: int | float | bool
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
         _initialise(model, config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[_id("<|im_end|>"), _id("<|endoftext|>")], pad_token_id=_id("<|endoftext|>")
-    )
+    ends = [_ID["im_end"], _ID["endoftext"]]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=_ID["endoftext"])
     disable_progress_bar()  # for one small file
-    try:
-        with whole_directory(Path(output)) as temporary:
-            model.save_pretrained(temporary)
-            _tokenizer().save_pretrained(temporary)
-            # bilinear: as the 42 to 56 pixel enlargement of the quickstart's crops was tuned
-            Qwen2VLImageProcessorPil(resample=2).save_pretrained(temporary)
-            for file in temporary.iterdir():  # safetensors writes files that only its owner can read
-                file.chmod((temporary / "config.json").stat().st_mode)
-    except FileExistsError:
-        pass  # a concurrent caller was faster; what it wrote is the same
+    # where a file exists, a concurrent caller was faster; what it wrote is the same
+    with contextlib.suppress(FileExistsError), whole_directory(output) as temporary:
+        model.save_pretrained(temporary)
+        _tokenizer().save_pretrained(temporary)
+        # bilinear: as the 42 to 56 pixel enlargement of the quickstart's crops was tuned
+        Qwen2VLImageProcessorPil(resample=2).save_pretrained(temporary)
+        for file in temporary.iterdir():  # safetensors writes files that only its owner can read
+            file.chmod((temporary / "config.json").stat().st_mode)
 
 
 def ensure_tiny_assets(hf_path: Path, data_path: Path) -> None:
@@ -110,31 +107,19 @@ def _write_data(output: Path, seed: int) -> None:
         prepare(Path(scratch) / "digits" / "data.jsonl", output, workers=1, progress=False)
 
 
-def _id(token: str) -> int:
-    return _SPECIAL_TOKENS.index(token)
-
-
 def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
-    text, vision = dict(_TEXT), dict(_VISION)
     for name, value in overrides.items():
-        group, key = (vision, name.removeprefix("vision_")) if name.startswith("vision_") else (text, name)
-        if key not in group:
-            known = ", ".join([*text, *(f"vision_{k}" for k in vision)])
-            raise OptionError(name, value, "is no size of the tiny model", f"use one of {known}")
-        group[key] = value
+        if name not in _SIZES:
+            raise OptionError(name, value, "is no size of the tiny model", f"use one of {', '.join(_SIZES)}")
+    sizes = {**_SIZES, **overrides}
+    vision = {name.removeprefix("vision_"): size for name, size in sizes.items() if name.startswith("vision_")}
+    text = {name: size for name, size in sizes.items() if not name.startswith("vision_")}
     half_head = text["hidden_size"] // text["num_attention_heads"] // 2
     temporal = half_head // 4
     # Qwen's proportions: 16, 24, 24 of 64; the odd one out goes to width
     sections = [temporal, (half_head - temporal) // 2, half_head - temporal - (half_head - temporal) // 2]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    ids = {"bos_token_id": _id("<|endoftext|>"), "eos_token_id": _id("<|im_end|>")}
-    vision_ids: dict[str, Any] = {
-        "image_token_id": _id("<|image_pad|>"),
-        "video_token_id": _id("<|video_pad|>"),
-        "vision_start_token_id": _id("<|vision_start|>"),
-        "vision_end_token_id": _id("<|vision_end|>"),
-        "vision_token_id": _id("<|vision_pad|>"),
-    }
+    ids = {"bos_token_id": _ID["endoftext"], "eos_token_id": _ID["im_end"]}
     return Qwen2_5_VLConfig(
         text_config={**text, **ids, "rope_parameters": rope, "rms_norm_eps": 1e-6},
         vision_config={
@@ -145,7 +130,11 @@ def _config(overrides: dict[str, int | float | bool]) -> Qwen2_5_VLConfig:
             "out_hidden_size": text["hidden_size"],
             "fullatt_block_indexes": [vision["depth"] - 1],
         },
-        **vision_ids,
+        image_token_id=_ID["image_pad"],
+        video_token_id=_ID["video_pad"],
+        vision_start_token_id=_ID["vision_start"],
+        vision_end_token_id=_ID["vision_end"],
+        vision_token_id=_ID["vision_pad"],  # type: ignore[call-arg]
         tie_word_embeddings=text["tie_word_embeddings"],
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype="float32",

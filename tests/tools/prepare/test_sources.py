@@ -16,7 +16,7 @@ from PIL import Image
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
-from nemo_vopd.tools.prepare.sources import open_source
+from nemo_vopd.tools.prepare.sources import open_sources
 from tests.tools.prepare.test_prepare import stored
 
 NUM = 7
@@ -75,7 +75,7 @@ def structs(images, path=None):
 
 def test_a_folder_of_vision_opd_6k(folder):
     lines(folder / "in" / "train.jsonl", map(six_k, range(NUM)))
-    assert open_source(folder / "in").layout == "Vision-OPD-6K"
+    assert open_sources([folder / "in"])[0].layout == "Vision-OPD-6K"
     assert check(folder / "in", folder / "out")[0] == "train-00000001"
 
 
@@ -349,7 +349,7 @@ def test_wrong_sources(folder):
     lines(folder / "in" / "a.jsonl", [])
     lines(folder / "in" / "b.jsonl", [])
     with pytest.raises(OptionError, match="a folder with a.jsonl, b.jsonl"):
-        open_source(folder / "in")
+        open_sources([folder / "in"])
     assert sorted(path.name for path in folder.iterdir()) == ["empty", "in"]
 
 
