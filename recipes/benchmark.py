@@ -23,7 +23,7 @@ from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.options import bounded
-from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
+from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 from nemo_vopd.validation import from_hydra
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the package

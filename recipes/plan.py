@@ -37,7 +37,7 @@ def main(cfg: DictConfig, as_json: bool) -> None:
         from nemo_vopd.tools.planning.plan import Plan, divide_remedy, plan_json, plan_text, refusal_json, remedy_for
 
         if config.model.architecture is None:  # the tiny run's model is made on first use
-            from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
+            from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 
             ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
         try:

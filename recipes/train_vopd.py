@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
+from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import from_hydra
 

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Path:
     """A folder with tiny-vlm and tiny-digits, as `--config-name tiny` makes them."""
-    from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
+    from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 
     folder = tmp_path_factory.mktemp("assets")
     ensure_tiny_assets(folder / "tiny-vlm", folder / "tiny-digits")

@@ -12,8 +12,8 @@ from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.tools.prepare.assets import ensure_tiny_assets
 from nemo_vopd.tools.prepare.prepare import prepare
+from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 
 
 def test_stored_order_and_limit(data_config, processor):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_vopd.tools.prepare.statistics import AREA_EDGES, MEGAPIXEL_EDGES, Statistics, histogram
+import numpy as np
+
+from nemo_vopd.tools.prepare.shards import Statistics
 from nemo_vopd.tools.report.numbers import file_size, format_area
 from nemo_vopd.tools.report.page import templates
 from nemo_vopd.tools.report.parts import Cell, Counts, Facts, Table
 
+_MEGAPIXEL_EDGES = (0, 0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 16, 32, 100)
+_AREA_EDGES = (0, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _WORDS = {
     "malformed_record": "not of the form that is expected",
     "duplicate_id": "an earlier record has the same id",
@@ -27,9 +31,8 @@ def write_card(
     parts: list[str],
     options: dict[str, object],
     crop: dict[str, Any],
-    copies: Sequence[str] = (),
 ) -> None:
-    """Write data_card.json and data_card.html to `folder`, and both again to its folders `copies`.
+    """Write data_card.json and data_card.html to `folder`, and where it holds parts of one source, to these as well.
 
     `sources` are {"path", "layout", "kept", "dropped", "weight"}, `parts` the data sets in `folder`.
     """
@@ -42,75 +45,68 @@ def write_card(
         "shards": sum(len(entries) for entries in whole.shards.values()),
         "splits": whole.splits(),
         "parts": parts,
-        "with_answer": whole.with_answer,
-        "with_box": whole.with_box,
-        "with_crop": whole.with_crop,
-        "with_hint": whole.with_hint,
+        **{f"with_{name}": count for name, count in whole.having.items()},
         "rotated": whole.rotated,
         "flat": whole.flat,
-        "image_megapixels": histogram(whole.megapixels, MEGAPIXEL_EDGES),
-        "relative_box_area": histogram(whole.relative_area, AREA_EDGES),
+        "image_megapixels": _binned(whole.megapixels, _MEGAPIXEL_EDGES),
+        "relative_box_area": _binned(whole.relative_area, _AREA_EDGES),
         "crop": crop,
         "options": options,
     }
-    page = card_page(card)
-    for place in (folder, *(folder / name for name in copies)):
-        own = {**card, "parts": ["."]} if place != folder else card
+    page = _page(card)
+    cards = {folder: card}
+    if len(sources) == 1:
+        cards |= {folder / part: {**card, "parts": ["."]} for part in parts if part != "."}
+    for place, own in cards.items():
         (place / "data_card.json").write_text(json.dumps(own, indent=1, ensure_ascii=False) + "\n")
         (place / "data_card.html").write_text(page)
 
 
-def card_page(card: dict) -> str:
+def _page(card: dict) -> str:
     """The page, which works from one file, offline. `card`: contents of data_card.json."""
     numbers = [("records", f"{card['kept']:,}"), ("dropped", f"{sum(card['dropped'].values()):,}")]
     numbers.append(("on disk", file_size(card["bytes"])))
     if (area := card["relative_box_area"]["median"]) is not None:
         numbers.append(("median share of the image that a box covers", format_area(area)))
-    rows = [
-        [
-            Cell(reason, code=True),
-            _WORDS.get(reason, reason.replace("_", " ")),
-            f"{count:,}",
-            card["examples"].get(reason, ""),
-        ]
+    dropped = [
+        [Cell(reason, code=True), _WORDS.get(reason, reason.replace("_", " ")), f"{count:,}", card["examples"][reason]]
         for reason, count in card["dropped"].items()
     ]
-    crop = {f"crop.{key}": value for key, value in card["crop"].items()}
-    made_with = [(name, _option(value)) for name, value in {**card["options"], **crop}.items()]
-    return (
-        templates()
-        .get_template("data_card.html.j2")
-        .render(
-            names=", ".join(Path(source["path"]).name for source in card["sources"]),
-            numbers=numbers,
-            sources=_sources(card["sources"]),
-            contents=_contents(card),
-            histograms=_histograms(card),
-            dropped=Table(["reason", "meaning", "records", "first"], rows),
-            options=Facts("", made_with),
-        )
+    options = {**card["options"], **{f"crop.{key}": value for key, value in card["crop"].items()}}
+    page = templates().get_template("data_card.html.j2")
+    return page.render(
+        names=", ".join(Path(source["path"]).name for source in card["sources"]),
+        numbers=numbers,
+        sources=_sources(card["sources"]),
+        contents=_contents(card),
+        histograms=[
+            *_histogram("Image size in megapixels", card["image_megapixels"], "{:.3g}".format),
+            *_histogram("Box area over image area", card["relative_box_area"], format_area),
+        ],
+        dropped=Table(["reason", "meaning", "records", "first"], dropped),
+        options=Facts("", [(name, _option(value)) for name, value in options.items()]),
     )
 
 
 def _sources(sources: list[dict]) -> Table:
-    weights = [source["weight"] for source in sources if source["weight"] is not None]
-    blended = len(weights) == len(sources) and len(sources) > 1
-    rows = []
-    for source in sources:
-        row = [source["path"], source["layout"], f"{source['kept']:,}", f"{source['dropped']:,}"]
-        rows.append([*row, format_area(source["weight"] / sum(weights))] if blended else row)
-    return Table(["source", "layout", "kept", "dropped"] + ["share of the blend"] * blended, rows)
+    heads = ["source", "layout", "kept", "dropped"]
+    rows = [[one["path"], one["layout"], f"{one['kept']:,}", f"{one['dropped']:,}"] for one in sources]
+    if len(sources) > 1:
+        heads.append("share of the blend")
+        whole = sum(one["weight"] for one in sources)
+        rows = [[*row, format_area(one["weight"] / whole)] for row, one in zip(rows, sources, strict=True)]
+    return Table(heads, rows)
 
 
 def _contents(card: dict) -> Table:
     splits = {f"in {name}": count for name, count in card["splits"].items()} if len(card["splits"]) > 1 else {}
-    hint = f"whose question carries the red-box hint ({card['options'].get('hint', 'keep')})"
+    hint = f" ({card['options']['hint']})" if card["with_hint"] else ""
     counts = {
         **splits,
         "with a reference answer": card["with_answer"],
         "with an evidence box": card["with_box"],
         "with a crop image": card["with_crop"],
-        hint if card["with_hint"] else "whose question carries the red-box hint": card["with_hint"],
+        f"whose question carries the red-box hint{hint}": card["with_hint"],
         "whose image is turned by EXIF": card["rotated"],
         "whose image has one colour": card["flat"],
     }
@@ -118,20 +114,24 @@ def _contents(card: dict) -> Table:
     return Table(["", "records", "share"], rows)
 
 
-def _histograms(card: dict) -> list[tuple[Counts, str]]:
-    """Image sizes and box areas: a bar for each range, and the median."""
-    found = []
-    for key, title, as_text in (
-        ("image_megapixels", "Image size in megapixels", "{:.3g}".format),
-        ("relative_box_area", "Box area over image area", format_area),
-    ):
-        data = card[key]
-        edges = [as_text(edge) for edge in data["edges"]]
-        ranges = [f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)]
-        if ranges:
-            rows = list(zip(ranges, map(float, data["counts"]), strict=True))
-            found.append((Counts(rows, title), as_text(data["median"])))
-    return found
+def _histogram(title: str, data: dict, as_text: Callable[[float], str]) -> list[tuple[Counts, str]]:
+    """A bar for each range, and the median; none where there are no values."""
+    if not data["counts"]:
+        return []
+    edges = [as_text(edge) for edge in data["edges"]]
+    ranges = [f"{low} to {high}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [(Counts(list(zip(ranges, map(float, data["counts"]), strict=True)), title), as_text(data["median"]))]
+
+
+def _binned(values: Sequence[float], edges: Sequence[float]) -> dict:
+    """{"edges": [n + 1], "counts": [n], "median": number or null}; empty bins at both ends are left out."""
+    if not values:
+        return {"edges": [], "counts": [], "median": None}
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), np.array(edges, dtype=float))
+    used = np.flatnonzero(counts)
+    low, high = int(used[0]), int(used[-1]) + 1
+    median = float(f"{np.median(values):.6g}")
+    return {"edges": list(edges[low : high + 1]), "counts": counts[low:high].tolist(), "median": median}
 
 
 def _option(value: object) -> str:

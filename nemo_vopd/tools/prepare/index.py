@@ -20,7 +20,6 @@ from nemo_vopd.errors import OptionError
 MANIFEST = "manifest.json"
 META = ".nv-meta"
 _DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors:\n  nemo_vopd: 1\n"
-_READ_BYTES = 1 << 20
 
 
 def load_energon() -> None:
@@ -56,12 +55,18 @@ def write_index(folder: Path, *, progress: bool = False) -> None:
 
 
 def write_manifest(folder: Path, shards: list[dict], source: str) -> None:
-    """Note what `verify` compares with. `shards`: entries of `ShardWriter.finish`."""
+    """Note what `verify` compares with. `shards`: entries of `Statistics.shards`."""
     names = sorted(path.relative_to(folder).as_posix() for path in [*folder.glob("*.idx"), *folder.glob(f"{META}/*")])
     entries = {entry["shard"]: {key: entry[key] for key in ("records", "bytes", "sha256")} for entry in shards}
-    index = {name: _sha256(folder / name) for name in names}
+    index = {name: sha256(folder / name) for name in names}
     text = json.dumps({"format": 1, "source": source, "shards": entries, "index": index}, indent=1)
     (folder / MANIFEST).write_text(text + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's contents, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, *, workers: int = 4, progress: bool = True) -> dict[str, int]:
@@ -70,29 +75,31 @@ def verify(folder: Path, *, workers: int = 4, progress: bool = True) -> dict[str
     Returns {"data_sets", "shards", "records", "bytes"}. Raises OptionError (verify) naming the first file that is
     damaged, and how many there are.
     """
-    manifests = [folder / MANIFEST] if (folder / MANIFEST).is_file() else []
-    for part in _expected_parts(folder):
-        if not (folder / part / MANIFEST).is_file():
-            raise OptionError("verify", folder, f"lacks {part}/{MANIFEST}", "copy the data set again in full")
-        manifests.append(folder / part / MANIFEST)
-    if not manifests:
+    parts = [folder] if (folder / MANIFEST).is_file() else []
+    for name in _parts_of_card(folder):
+        if not (folder / name / MANIFEST).is_file():
+            raise OptionError("verify", folder, f"lacks {name}/{MANIFEST}", "copy the data set again in full")
+        parts.append(folder / name)
+    if not parts:
         rule = f"is no prepared data set (no {MANIFEST})"
         raise OptionError("verify", folder, rule, "give the output folder of prepare_data.py")
-    totals = {"data_sets": len(manifests), "shards": 0, "records": 0, "bytes": 0}
-    problems: list[str] = []
-    for blend in sorted(folder.glob("*.yaml")):
-        for part, _ in read_blend(blend, "verify"):
-            if not (part / MANIFEST).is_file():
-                problems.append(f"{blend.name} names {part.relative_to(folder)}, which is missing")
-    for manifest in manifests:
-        _verify_one(manifest, folder, totals, problems, workers, progress)
+    problems = [
+        f"{blend.name} names {part.relative_to(folder)}, which is missing"
+        for blend in sorted(folder.glob("*.yaml"))
+        for part, _ in read_blend(blend, "verify")
+        if not (part / MANIFEST).is_file()
+    ]
+    totals = {"data_sets": len(parts), "shards": 0, "records": 0, "bytes": 0}
+    for part in parts:
+        where = "" if part == folder else f"{part.relative_to(folder).as_posix()}/"
+        problems += [f"{where}{problem}" for problem in _problems(part, totals, workers, progress)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise OptionError("verify", folder, problems[0] + more, "copy the data set again or prepare it anew")
     return totals
 
 
-def _expected_parts(folder: Path) -> list[str]:
+def _parts_of_card(folder: Path) -> list[str]:
     card = folder / "data_card.json"
     try:
         return [part for part in json.loads(card.read_bytes())["parts"] if part != "."] if card.is_file() else []
@@ -100,61 +107,39 @@ def _expected_parts(folder: Path) -> list[str]:
         raise OptionError("verify", folder, "data_card.json is damaged", "copy the data set again") from None
 
 
-def _verify_one(
-    manifest: Path, root: Path, totals: dict[str, int], problems: list[str], workers: int, progress: bool
-) -> None:
-    """Add the numbers of one data set to `totals` and what is wrong with it to `problems`."""
-    folder = manifest.parent
+def _problems(folder: Path, totals: dict[str, int], workers: int, progress: bool) -> Iterator[str]:
+    """What is wrong with the data set `folder`, beginning with a file's name; its numbers are added to `totals`."""
     try:
-        known = json.loads(manifest.read_bytes())
-        shards, index = dict(known["shards"]), dict(known["index"])
-        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in shards.items()}
-        totals["records"] += sum(int(entry["records"]) for entry in shards.values())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        shards = {name: (int(one["records"]), int(one["bytes"])) for name, one in manifest["shards"].items()}
+        digests = {**manifest["index"], **{name: one["sha256"] for name, one in manifest["shards"].items()}}
     except (ValueError, KeyError, TypeError, AttributeError):
-        problems.append(f"{manifest.relative_to(root)} is damaged")
+        yield f"{MANIFEST} is damaged"
         return
+    counts = {name: records for name, (records, _) in shards.items()}
     totals["shards"] += len(shards)
-    totals["bytes"] += sum(size for size, _ in sizes.values())
-    expected = {**{name: (-1, digest) for name, digest in index.items()}, **sizes}
+    totals["records"] += sum(counts.values())
+    totals["bytes"] += sum(num_bytes for _, num_bytes in shards.values())
 
     def check(name: str) -> str | None:
         path = folder / name
         if not path.is_file():
-            return f"{path.relative_to(root)} is missing"
-        size, digest = expected[name]
-        if size >= 0 and path.stat().st_size != size:
-            return f"{path.relative_to(root)} has {path.stat().st_size} bytes in place of {size}"
-        return None if _sha256(path) == digest else f"{path.relative_to(root)} has other contents than were written"
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if name in shards and size != shards[name][1]:
+            return f"{name} has {size} bytes in place of {shards[name][1]}"
+        return None if sha256(path) == digests[name] else f"{name} has other contents than were written"
 
     with ThreadPoolExecutor(workers) as pool:
-        checked = pool.map(check, sorted(expected))
-        bar = tqdm(checked, total=len(expected), desc="verify", disable=not progress, leave=False)
-        problems += [problem for problem in bar if problem]
-    problems += [f"{folder.relative_to(root) / name} is not of this data set" for name in _strangers(folder, shards)]
-    problems += _index_problems(folder, root, shards)
-
-
-def _strangers(folder: Path, shards: dict) -> Iterator[str]:
-    return (path.name for path in sorted(folder.glob("shard-*.tar")) if path.name not in shards)
-
-
-def _index_problems(folder: Path, root: Path, shards: dict) -> Iterator[str]:
-    """Energon's counts against those of the manifest."""
-    info = folder / META / ".info.json"
-    name = info.relative_to(root)
+        checked = pool.map(check, sorted(digests))
+        yield from filter(None, tqdm(checked, "verify", len(digests), disable=not progress, leave=False))
+    strangers = sorted({path.name for path in folder.glob("shard-*.tar")} - shards.keys())
+    yield from (f"{name} is not of this data set" for name in strangers)
+    info = f"{META}/.info.json"
     try:
-        counts = json.loads(info.read_bytes())["shard_counts"]
-        if counts != {shard: entry["records"] for shard, entry in shards.items()}:
-            yield f"{name} counts other records than were written"
+        if json.loads((folder / info).read_bytes())["shard_counts"] != counts:
+            yield f"{info} counts other records than were written"
     except FileNotFoundError:
-        yield f"{name} is missing"
+        yield f"{info} is missing"
     except (ValueError, KeyError, TypeError):
-        yield f"{name} is damaged"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        yield f"{info} is damaged"

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_vopd.data.records import box_in_pixels, check_answer, check_question, question_text, without_hint
-from nemo_vopd.tools.prepare.columns import LISTS, Columns
-from nemo_vopd.tools.prepare.rows import Row, Source, default_id, record_id
+from nemo_vopd.tools.prepare.options import LISTS, PrepareOptions
+from nemo_vopd.tools.prepare.rows import Row, Source, record_id
 from nemo_vopd.views import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
 
 MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
 """Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
-HINT = "Only focus on the objects inside the red bounding box in the image to answer this question."
-"""What questions written for images with a drawn box carry."""
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """What decides how a row becomes a stored record, and on which side of the split it goes."""
-
-    columns: Columns = field(default_factory=Columns)
-    bbox_format: str = "xyxy"
-    """One of records.BOX_FORMATS."""
-    bbox_frame: str = "upright"
-    """upright | stored: whether boxes refer to the image as EXIF turns it, or to its stored pixels."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    hint: str = "keep"
-    """keep | remove: `hint_text` in questions."""
-    hint_text: str = HINT
-    validation_fraction: float = 0.0
-    split_by: str = "id"
-    """id | image: what is hashed to choose the side."""
 
 
 @dataclass
@@ -45,13 +25,13 @@ class Prepared:
     image: bytes
     crop: bytes | None
     bbox: list[float] | None
-    """In pixels of the image as it is stored."""
+    """Corners in pixels of the image as it is stored."""
     answer: str | None
     facts: ImageFacts
     split: str
     """train | validation"""
     hinted: bool
-    """The question carried the hint."""
+    """Whether the question carried the hint."""
 
     def relative_area(self) -> float | None:
         """Area of the box inside the image, over that of the image."""
@@ -61,17 +41,17 @@ class Prepared:
         return (x2 - x1) * (y2 - y1) / math.prod(self.facts.size)
 
 
-def read_record(row: Row, source: Source, options: RecordOptions, prefix: str = "") -> Prepared:
+def read_record(row: Row, source: Source, options: PrepareOptions, prefix: str = "") -> Prepared:
     """The checked record of `row`; its id begins with `prefix`. Raises UnusableSample."""
     values, columns = row.values, options.columns
     if isinstance(values, UnusableSample):
         raise values
     question_column, question = columns.find("question", values)
     question = check_question(question_text(question, question_column))
-    hinted = bool(options.hint_text) and options.hint_text in question
+    hinted = options.hint_text in question
     if hinted and options.hint == "remove":
         question = check_question(without_hint(question, options.hint_text))
-    sample_id = record_id(values, columns, default_id(source.stem, row.number))
+    sample_id = record_id(row, source, columns)
     answer = check_answer(columns.find("answer", values)[1])
     image_column, value = columns.find("image", values)
     if value is None and image_column not in LISTS:
@@ -106,29 +86,25 @@ def side(key: bytes, validation_fraction: float) -> str:
 
 def _image(value: object, column: str, source: Source, missing: str) -> bytes:
     """The bytes of an image: given by path, by {"path": ...}, in tables also by {"bytes": ...} or as themselves."""
-    listed = column in LISTS
-    if listed or (source.tabular and isinstance(value, list)):
-        value, struct = _only(value, missing), True
-    else:
-        struct = source.tabular
-    if struct and isinstance(value, dict):
-        content = value.get("bytes")
-        value = content if isinstance(content, bytes) else value.get("path", value.get("image"))
-    if value is None and (struct or listed):
-        raise UnusableSample(missing, "an image without a path")
+    listed = column in LISTS or (source.tabular and isinstance(value, list))
+    if listed:
+        if not isinstance(value, list):
+            raise UnusableSample("malformed_record", "images must be a list")
+        if len(value) != 1:
+            reason = "malformed_record" if value else missing
+            raise UnusableSample(reason, f"{len(value)} images in place of one")
+        value = value[0]
+    if listed or source.tabular:
+        if isinstance(value, dict):
+            content = value.get("bytes")
+            value = content if isinstance(content, bytes) else value.get("path", value.get("image"))
+        if value is None:
+            raise UnusableSample(missing, "an image without a path")
     if isinstance(value, bytes):
         if len(value) > MAX_IMAGE_BYTES:
             raise UnusableSample("image_too_large", f"{len(value)} bytes, more than {MAX_IMAGE_BYTES}")
         return value
     return _read_file(source.root, value, missing)
-
-
-def _only(images: object, missing: str) -> object:
-    if not isinstance(images, list):
-        raise UnusableSample("malformed_record", "images must be a list")
-    if len(images) != 1:
-        raise UnusableSample(missing if not images else "malformed_record", f"{len(images)} images in place of one")
-    return images[0]
 
 
 def _read_file(root: Path, name: object, missing: str) -> bytes:

@@ -1,28 +1,44 @@
-"""The records of a source as rows: numbered, planned in chunks that can be read independently of each other."""
+"""The records of a source as rows: read from any place on, and planned in chunks that are read independently.
+
+Images stay the bytes that they are in the file: nothing decodes them on the way.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from nemo_vopd.data.records import check_id
-from nemo_vopd.tools.prepare.columns import Columns
+from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.views import UnusableSample
 
+MAX_LINE_BYTES = 16 << 20
+"""Longer lines are dropped without being held in memory: a file that is no JSONL can be one line."""
+_MAX_COLUMNS = 1000
+_PARQUET_BATCH = 8
+"""Number of rows decoded together: with images of megabytes in them, a batch must stay small."""
+_READ_BYTES = 1 << 20
 
-@dataclass
-class Row:
+
+class Row(NamedTuple):
     """One record, its images not read yet where it names files."""
 
-    ordinal: int
-    """Place among the records of the source, from 0."""
+    offset: int
+    """Place that `Source.rows` reads it from: byte of the file (JSONL) or index of the row (tables)."""
     number: int
-    """Line of the file, or row of the table, from 1."""
+    """Line of the file, or row of the tables, from 1."""
     values: dict | UnusableSample
 
 
@@ -32,122 +48,201 @@ class Chunk:
 
     index: int
     start: int
-    """Ordinal of the first record."""
+    """Place of the first record among those of the source, from 0."""
     count: int
-    offset: int = 0
-    """Byte of the file at which the first record stands (JSONL)."""
-    number: int = 1
-    """Its line or row, from 1."""
+    offset: int
+    """`Row.offset` of the first record."""
+    number: int
+    """`Row.number` of the first record."""
     duplicates: frozenset[int] = frozenset()
-    """Ordinals of records whose id an earlier record has."""
+    """Places of the records whose id an earlier record has."""
 
 
 @dataclass
-class Plan:
-    """What the first pass over a source finds; memory: 16 bytes for each record."""
+class Source:
+    """Records on disk: a JSONL file, or tables. A source is small and can be pickled: workers open it again."""
 
-    chunks: list[Chunk] = field(default_factory=list)
-    columns: set[str] = field(default_factory=set)
-    given: set[str] = field(default_factory=set)
-    """Those of the names that the user gives (`a.b`: inside a struct) that are there."""
-    num_records: int = 0
-
-
-class Source(Protocol):
-    """Records on disk. A source is small and can be pickled: workers open it again."""
-
-    @property
-    def path(self) -> Path:
-        """As the user gave it."""
-        ...
-
-    @property
-    def root(self) -> Path:
-        """Folder that image paths are relative to and must not leave."""
-        ...
-
-    @property
-    def layout(self) -> str:
-        """What it was found to be, for people."""
-        ...
-
-    @property
-    def tabular(self) -> bool:
-        """Typed columns (parquet, arrow), whose images may be bytes."""
-        ...
+    path: Path
+    """Path as the user gave it."""
+    files: list[Path]
+    """Files that hold the records, in order."""
+    root: Path
+    """Folder that image paths are relative to and must not leave."""
+    stem: str
+    """Beginning of the ids of records without one."""
+    layout: str
+    """Name of the form that it was found to have."""
+    tabular: bool
+    """Whether the files are tables, parquet or arrow (`save_to_disk` of `datasets`), in which images may be bytes."""
 
     @property
     def unit(self) -> str:
-        """line | row: what `Row.number` counts."""
-        ...
+        """Name of what `Row.number` counts."""
+        return "row" if self.tabular else "line"
 
-    @property
-    def stem(self) -> str:
-        """Beginning of the ids of records without one."""
-        ...
+    @cached_property
+    def _headers(self) -> list[tuple[int, pa.Schema]]:
+        """Number of rows and schema of each table; read once, workers get them with the source."""
+        return [_header(file) for file in self.files]
 
-    def files(self) -> list[Path]:
-        """The files that hold the records."""
-        ...
+    def size(self) -> int:
+        """The end of `Row.offset`. Raises OptionError when a table cannot be read."""
+        return sum(num_rows for num_rows, _ in self._headers) if self.tabular else self.files[0].stat().st_size
 
-    def plan(self, chunk_size: int, columns: Columns, advance: Callable[[int], object]) -> Plan:
-        """Count the records and find duplicate ids without reading images; `advance` is told bytes or rows done.
+    def outlines(self) -> list[dict]:
+        """For each schema a record without values; none of JSONL, where each record has its own keys."""
+        return [_outline(schema) for _, schema in self._headers] if self.tabular else []
 
-        Raises OptionError when a file cannot be read.
+    def rows(self, names: set[str], offset: int = 0, number: int = 1) -> Iterator[Row]:
+        """The rows from `offset` on, the first of which is called `number`; of tables only the columns `names`.
+
+        Raises OptionError when a table is damaged.
         """
-        ...
+        if not self.tabular:
+            yield from _json_lines(self.files[0], offset, number)
+            return
+        first = 0
+        for file, (num_rows, schema) in zip(self.files, self._headers, strict=True):
+            if offset < first + num_rows:
+                columns = [name for name in schema.names if name in names]
+                for values in _table_values(file, offset - first, columns):
+                    yield Row(offset, offset + 1, values)
+                    offset += 1
+            first += num_rows
 
-    def total(self) -> int:
-        """What the calls of `advance` add up to."""
-        ...
-
-    def rows(self, chunk: Chunk, columns: Columns) -> Iterator[Row]:
-        """The records of `chunk` in order."""
-        ...
-
-
-class IdLedger:
-    """Ids seen so far, 16 bytes each, and which records repeat an earlier one."""
-
-    def __init__(self) -> None:
-        self._hashes = bytearray()
-
-    def add(self, sample_id: str | None) -> None:
-        """Note the id of the next record; None: it has none that could be repeated."""
-        text = f"\0{len(self._hashes)}" if sample_id is None else sample_id
-        self._hashes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-    def duplicates(self) -> np.ndarray:
-        """Ordinals of the records whose id an earlier one has, ascending."""
-        hashes = np.frombuffer(self._hashes, dtype=np.uint64).reshape(-1, 2)
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ids the first record stays first
-        repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-        return np.sort(order[1:][repeated])
+    def chunk_rows(self, chunk: Chunk, columns: Columns) -> Iterator[tuple[int, Row]]:
+        """(place, row) of the records of `chunk`."""
+        rows = self.rows(columns.top_level(), chunk.offset, chunk.number)
+        for place in range(chunk.start, chunk.start + chunk.count):
+            yield place, next(rows)
 
 
-def own_id(values: dict, columns: Columns) -> str | None:
-    """The id that a record brings along, if it is one. Raises nothing: a wrong id is found when it is checked."""
+def _json_lines(path: Path, offset: int, number: int) -> Iterator[Row]:
+    """The lines that are not blank; what is no JSON object becomes UnusableSample.
+
+    pyarrow and `datasets` would refuse a file for one malformed line; here that costs one record.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            start, piece = offset, line
+            offset += len(line)
+            while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+                piece = file.readline(MAX_LINE_BYTES + 1)
+                offset += len(piece)
+            if line.strip() or len(line) > MAX_LINE_BYTES:
+                yield Row(start, number, _parse(line))
+            number += 1
+
+
+def _parse(line: bytes) -> dict | UnusableSample:
+    if len(line) > MAX_LINE_BYTES:
+        return UnusableSample("malformed_record", f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
-        value = columns.find("id", values)[1]
-        return None if value is None else check_id(value)
-    except UnusableSample:
-        return None
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UnusableSample("malformed_record", f"not JSON: {error}")
+    return record if isinstance(record, dict) else UnusableSample("malformed_record", "not a JSON object")
 
 
-def record_id(values: dict, columns: Columns, default: str) -> str:
-    """The id of a record; `default` where it has no such field. Raises UnusableSample (malformed_record)."""
-    name, value = columns.find("id", values)
-    return check_id(value if name else default)
+@contextmanager
+def _opened(table: Path) -> Iterator[pq.ParquetFile | pa.Table]:
+    """A table whose rows are not read yet. Raises OptionError, also for damage that the block comes upon."""
+    try:
+        if table.suffix == ".parquet":
+            # Buffered and not read ahead, which a pyarrow.dataset cannot do: else a row group, which may be gigabytes,
+            # would be in memory as a whole.
+            with pq.ParquetFile(table, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+                yield file
+        else:
+            with pa.memory_map(str(table)) as file:
+                yield pa.ipc.open_stream(file).read_all()  # views into the file: what is not looked at is not read
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OptionError("source", table, f"cannot be read ({reason})", "copy the file again") from None
 
 
-def default_id(stem: str, number: int) -> str:
-    """Id of a record that brings none."""
-    return f"{stem}-{number:08d}"
+def _header(table: Path) -> tuple[int, pa.Schema]:
+    with _opened(table) as opened:
+        if isinstance(opened, pq.ParquetFile):
+            return opened.metadata.num_rows, opened.schema_arrow
+        return opened.num_rows, opened.schema
 
 
-def mark_duplicates(chunks: Iterable[Chunk], ledger: IdLedger) -> None:
-    """Tell each chunk which of its records are duplicates."""
-    duplicates = ledger.duplicates()
+def _outline(columns: Iterable[pa.Field]) -> dict:
+    """The names of `columns`, and for structs the names in them."""
+    return {one.name: _outline(one.type.fields) if isinstance(one.type, pa.StructType) else None for one in columns}
+
+
+def _table_values(table: Path, start: int, columns: list[str]) -> Iterator[dict]:
+    """The rows from `start` on as dictionaries of `columns`."""
+    with _opened(table) as opened:
+        for batch in _batches(opened, start, columns):
+            for place in range(batch.num_rows):
+                # one row at a time becomes Python objects: that copies its images
+                yield batch.slice(place, 1).to_pylist()[0]
+
+
+def _batches(opened: pq.ParquetFile | pa.Table, start: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    if isinstance(opened, pq.ParquetFile):
+        ends = np.cumsum([opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)])
+        group = int(np.searchsorted(ends, start, side="right"))
+        start -= int(ends[group - 1]) if group else 0
+        batches = opened.iter_batches(_PARQUET_BATCH, range(group, len(ends)), columns, use_threads=False)
+    else:
+        batches = opened.select(columns).to_batches()
+    for batch in batches:
+        yield batch.slice(start)
+        start = max(start - batch.num_rows, 0)
+
+
+def plan_chunks(source: Source, chunk_size: int, columns: Columns, progress: bool) -> list[Chunk]:
+    """Read the ids of all records once, but no image; memory: 16 bytes for each record.
+
+    Raises OptionError when a file cannot be read or lacks columns.
+    """
+    chunks: list[Chunk] = []
+    hashes = bytearray()
+    present: set[str] = set()
+    found: set[str] = set()
+    given = columns.given().keys()
+
+    def look_at(values: dict) -> None:
+        if len(present) < _MAX_COLUMNS:
+            present.update(values)
+        found.update(field for field in given - found if columns.find(field, values)[0])
+
+    for outline in source.outlines():
+        look_at(outline)
+    unit = "row" if source.tabular else "B"
+    with tqdm(
+        total=source.size(), unit=unit, unit_scale=True, desc="records", disable=not progress, leave=False
+    ) as bar:
+        for place, row in enumerate(source.rows(columns.top_level("id"))):
+            if place % chunk_size == 0:
+                chunks.append(Chunk(len(chunks), place, 0, row.offset, row.number))
+                bar.update(row.offset - bar.n)
+            chunks[-1].count += 1
+            if isinstance(row.values, dict):
+                look_at(row.values)
+            try:
+                key = record_id(row, source, columns)
+            except UnusableSample:
+                key = f"\0{place}"  # it has no id that could be repeated
+            hashes += hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    if present:
+        columns.check(source.path, present, found)
+    repeated = np.ones(len(hashes) // 16, dtype=bool)
+    repeated[np.unique(np.frombuffer(hashes, dtype="V16"), return_index=True)[1]] = False
     for chunk in chunks:
-        low, high = np.searchsorted(duplicates, [chunk.start, chunk.start + chunk.count])
-        chunk.duplicates = frozenset(duplicates[low:high].tolist())
+        places = chunk.start + np.flatnonzero(repeated[chunk.start : chunk.start + chunk.count])
+        chunk.duplicates = frozenset(places.tolist())
+    return chunks
+
+
+def record_id(row: Row, source: Source, columns: Columns) -> str:
+    """The id that a record brings along, else one after its place. Raises UnusableSample (malformed_record)."""
+    if isinstance(row.values, UnusableSample):
+        raise row.values
+    name, value = columns.find("id", row.values)
+    return check_id(value if name else f"{source.stem}-{row.number:08d}")

@@ -7,41 +7,41 @@ import re
 import shlex
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.jsonl import JsonlSource
 from nemo_vopd.tools.prepare.rows import Source
 
 _FORMS = "a JSONL file, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
 _PART_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+$")
 _SPLIT = re.compile(r"(train|test|validation|val|dev|eval)(?:[-_].*)?$")
 _ARCHIVE = re.compile(r"(.+(?:\.tar(?:\.(gz|bz2|xz|zst))?|\.(tgz|zip))).*$")
-"""Its name, without what follows where it was cut into pieces (`.part-aa`, `aa`)."""
+"""Name of an archive, and of the pieces that it was cut into (`.part-aa`, `aa`)."""
 _TAR_FLAGS = {"gz": "-xz", "tgz": "-xz", "bz2": "-xj", "xz": "-xJ", "zst": "--zstd -x"}
 
 
-def open_source(path: Path, split: str | None = None, image_root: Path | None = None) -> Source:
-    """The source at `path`; nothing but names and headers is read.
+def open_sources(paths: Sequence[Path], split: str | None = None, image_root: str | None = None) -> list[Source]:
+    """The sources at `paths`; nothing but names and headers is read.
 
-    `split` chooses a part of a data set that has several; image paths are relative to `image_root` (null: the folder
-    of the source). Raises OptionError (source, split, image_root).
+    `split` chooses a part of a data set that has several; of several sources, it is for those that have splits. Image
+    paths are relative to `image_root` (null: the folder of the source). Raises OptionError (source, split, image_root).
     """
-    if image_root is not None and not image_root.is_dir():
-        raise OptionError("image_root", image_root, "is not a folder", "give the folder that image paths start from")
+    if not paths:
+        raise OptionError("source", "[]", "names nothing", "give a file or folder, or a list of them")
+    root = None if image_root is None else Path(image_root)
+    if root is not None and not root.is_dir():
+        raise OptionError("image_root", root, "is not a folder", "give the folder that image paths start from")
+    return [_open(path, split if len(paths) == 1 or _has_splits(path) else None, root) for path in paths]
+
+
+def _open(path: Path, split: str | None, image_root: Path | None) -> Source:
     if path.is_dir():
         return _open_folder(path, split, image_root)
     if not path.is_file():
         raise OptionError("source", path, "is not a file or folder", f"give {_FORMS}")
-    if path.suffix == ".parquet":
-        return _tables(path, [path], image_root or path.parent, path.stem, "parquet")
-    return JsonlSource(path, path, (image_root or path.parent).resolve())
-
-
-def open_sources(paths: Sequence[Path], split: str | None = None, image_root: Path | None = None) -> list[Source]:
-    """The sources at `paths`, as `open_source`; of several, `split` is for those that have splits."""
-    return [open_source(path, split if len(paths) == 1 or _has_splits(path) else None, image_root) for path in paths]
+    root, tabular = (image_root or path.parent).resolve(), path.suffix == ".parquet"
+    return Source(path, [path], root, path.stem, "parquet" if tabular else "JSONL", tabular)
 
 
 def _has_splits(path: Path) -> bool:
@@ -49,35 +49,27 @@ def _has_splits(path: Path) -> bool:
         return True
     if not path.is_dir() or (path / "state.json").is_file():
         return False
-    lines = list(path.glob("*.jsonl"))
-    if lines:
+    if lines := list(path.glob("*.jsonl")):
         return len(lines) > 1 or bool(_SPLIT.match(lines[0].stem))
     return any(_split_of(table, path) for table in path.rglob("*.parquet"))
 
 
-def _tables(path: Path, tables: Sequence[Path], root: Path, stem: str, layout: str) -> Source:
-    from nemo_vopd.tools.prepare.tables import TableSource  # pyarrow, which JSONL does without
-
-    return TableSource(path, tuple(tables), root.resolve(), stem, layout)
-
-
 def _open_folder(path: Path, split: str | None, image_root: Path | None) -> Source:
+    saved, root = path, (image_root or path).resolve()
     if (path / "dataset_dict.json").is_file():
-        splits = _read_json(path / "dataset_dict.json").get("splits", [])
-        return _saved(path, path / _choose(splits, split, path), image_root)
-    if (path / "state.json").is_file():
-        return _saved(path, path, image_root)
+        saved = path / _choose(_read_json(path / "dataset_dict.json").get("splits", []), split, path)
+    if saved != path or (path / "state.json").is_file():
+        root = (image_root or saved).resolve()
+        return Source(path, _saved_files(saved), root, path.name, "datasets (save_to_disk)", tabular=True)
     lines = [path / f"{split or 'train'}.jsonl"]
     if not lines[0].is_file():
         lines = sorted(path.glob("*.jsonl")) if split is None else []
     if len(lines) == 1:
-        root = image_root or path
-        _check_unpacked(root)
-        known = (root / "teacher_images").is_dir()
-        return JsonlSource(path, lines[0], root.resolve(), "Vision-OPD-6K" if known else "JSONL")
-    tables = sorted(path.rglob("*.parquet"))
-    if tables:
-        return _tables(path, _of_split(tables, split, path), image_root or path, path.name, "parquet folder")
+        _check_unpacked(image_root or path)
+        layout = "Vision-OPD-6K" if (root / "teacher_images").is_dir() else "JSONL"
+        return Source(path, lines, root, lines[0].stem, layout, tabular=False)
+    if tables := sorted(path.rglob("*.parquet")):
+        return Source(path, _of_split(tables, split, path), root, path.name, "parquet folder", tabular=True)
     names = ", ".join(line.name for line in sorted(path.glob("*.jsonl"))) or "no *.jsonl or *.parquet"
     raise OptionError("source", path, f"is a folder with {names}", f"give {_FORMS}")
 
@@ -85,9 +77,9 @@ def _open_folder(path: Path, split: str | None, image_root: Path | None) -> Sour
 def _choose(splits: Sequence[str], split: str | None, path: Path) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
+    if not splits:
+        raise OptionError("split", split or "null", f"{path} has no splits", "set split=null")
     if split is None or split not in splits:
-        if not splits:
-            raise OptionError("split", split or "null", f"{path} has no splits", "set split=null")
         known = ", ".join(map(str, splits))
         remedy = f"set split={'train' if 'train' in splits else splits[0]}"
         raise OptionError("split", split or "null", f"{path} has the splits {known}", remedy)
@@ -116,22 +108,22 @@ def _split_of(table: Path, path: Path) -> str:
     return ""
 
 
-def _saved(path: Path, folder: Path, image_root: Path | None) -> Source:
+def _saved_files(folder: Path) -> list[Path]:
     files = [folder / entry["filename"] for entry in _read_json(folder / "state.json").get("_data_files", [])]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         rule = f"lacks {missing[0]}" if missing else "names no data file in state.json"
         raise OptionError("source", folder, rule, "save or copy the data set again")
-    return _tables(path, files, image_root or folder, path.name, "datasets (save_to_disk)")
+    return files
 
 
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise OptionError("source", path, f"is damaged ({error})", "save or copy the data set again") from None
-    if not isinstance(value, dict):
-        raise OptionError("source", path, "is damaged (no JSON object)", "save or copy the data set again")
     return value
 
 
@@ -139,34 +131,34 @@ def _check_unpacked(root: Path) -> None:
     """Raise OptionError when images are there only in the archives they are published as: inside or beside a folder."""
     for name in ("images", "teacher_images"):
         inside = _entries(root / name)
-        packed = [entry for entry in inside if _is_archive(entry)]
+        packed = _archives(inside)
         if len(packed) < len(inside):
             continue
-        beside = [entry for entry in _entries(root) if re.match(rf"{name}\W", entry.name) and _is_archive(entry)]
-        if archives := packed or beside:
+        beside = [entry for entry in _entries(root) if re.match(rf"{name}\W", entry.name)]
+        if archives := packed or _archives(beside):
             rule = f"has its images still packed in {archives[0].relative_to(root)}"
-            raise OptionError("source", root, rule, f"unpack it: {_unpacking(archives, root, name)}")
+            raise OptionError("source", root, rule, f"unpack it: {_unpacking(archives[0], root, name)}")
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(e for e in folder.iterdir() if not e.name.startswith(".")) if folder.is_dir() else []
 
 
-def _is_archive(path: Path) -> bool:
-    return bool(_ARCHIVE.match(path.name)) and path.is_file()
+def _archives(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if _ARCHIVE.match(path.name) and path.is_file()]
 
 
-def _unpacking(archives: Sequence[Path], root: Path, name: str) -> str:
-    """The command that unpacks the first of `archives`, with the pieces it was cut into, as the folder `name`."""
-    match = _ARCHIVE.match(archives[0].name)
+def _unpacking(archive: Path, root: Path, name: str) -> str:
+    """The command that unpacks `archive`, with the other pieces where it is the first of several, as folder `name`."""
+    match = _ARCHIVE.match(archive.name)
     assert match is not None
-    whole = archives[0].with_name(match.group(1))
+    whole = archive.with_name(match.group(1))
     kind = match.group(2) or match.group(3) or "tar"
-    target = root if _first_folder(archives[0], kind) == name else root / name
+    target = root if _first_folder(archive, kind) == name else root / name
     into = shlex.quote(str(target))
-    pieces = shlex.quote(str(whole)) + ("*" if whole != archives[0] else "")
+    pieces = shlex.quote(str(whole)) + ("*" if whole != archive else "")
     if kind == "zip":
-        if whole == archives[0]:
+        if whole == archive:
             return f"unzip {pieces} -d {into}"
         joined = shlex.quote(str(root / f"{name}-joined.zip"))
         return f"cat {pieces} > {joined} && unzip {joined} -d {into}"
@@ -180,13 +172,11 @@ def _first_folder(archive: Path, kind: str) -> str:
         if kind == "zip":
             with open(archive, "rb") as file:  # the first header, which the first of several pieces has as well
                 header = file.read(30)
-                return _first_part([file.read(int.from_bytes(header[26:28], "little")).decode(errors="replace")])
-        with tarfile.open(archive, "r|*") as tar:
-            return _first_part(member.name for member in tar)
+                name = file.read(int.from_bytes(header[26:28], "little")).decode(errors="replace")
+        else:
+            with tarfile.open(archive, "r|*") as tar:
+                # an entry "./" (`tar cf x.tar .`) has no part
+                name = next((member.name for member in tar if PurePosixPath(member.name).parts), "")
+        return next(iter(PurePosixPath(name).parts), "")
     except (tarfile.TarError, OSError, EOFError, zlib.error):
         return ""
-
-
-def _first_part(members: Iterable[str]) -> str:
-    """tarfile strips the slash of a folder's entry, and "./" (`tar cf x.tar .`) has no part."""
-    return next((path.parts[0] for path in map(PurePosixPath, members) if path.parts), "")

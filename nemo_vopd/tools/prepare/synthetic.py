@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.files import whole_directory
+from nemo_vopd.tools.prepare.folders import whole_directory
 from nemo_vopd.views import crop_box
 
 COLOURS = {
@@ -94,9 +93,7 @@ def write_digits(output: Path, *, num_samples: int, seed: int, close_up_fraction
     `close_up_fraction` of the samples show a close-up of the evidence as their full image. The same arguments give
     the same files; other seeds give independent streams. Raises OptionError when `output` exists.
     """
-    if Path(output).exists():
-        raise OptionError("output", output, "exists", "choose another directory or remove it")
-    with whole_directory(Path(output), option="output") as temporary:
+    with whole_directory(output) as temporary:
         (temporary / "images").mkdir()
         with open(temporary / "data.jsonl", "w") as lines:
             for start in range(0, num_samples, _BLOCK):

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.tools.prepare import partial, worker
-from nemo_vopd.tools.prepare.partial import partial_path
+from nemo_vopd.tools.prepare import folders, shards
+from nemo_vopd.tools.prepare.folders import partial_path
 from nemo_vopd.tools.prepare.prepare import prepare
 from tests.distributed import HANG, ROOT
 
@@ -161,7 +161,7 @@ def test_a_worker_that_dies_is_told(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def behave(job, _chunk, advance):
+def behave(job, _threads, advance):
     """In place of `write_chunk`: what the job says."""
     advance(1)
     if job == "refuses":
@@ -185,13 +185,13 @@ def test_the_first_failure_is_told(jobs, expected):
     """Not that of the others, which end because of it, at once."""
     (kind, words), told, start = expected, [], time.monotonic()
     with pytest.raises(kind, match=words):
-        worker.write_chunks([(job, 0) for job in (*jobs, "waits")], 3, told.append, in_process=False, write=behave)  # type: ignore[misc]
+        shards.write_chunks([*jobs, "waits"], 3, told.append, write=behave)
     assert 0 < sum(told) <= len(jobs) + 1 and time.monotonic() - start < HANG
 
 
 def test_a_place_where_no_folder_can_be_made(source, monkeypatch):
     """/proc says that a new folder is not found, while its parent is there."""
-    monkeypatch.setattr(partial, "_TRIES", 3)
+    monkeypatch.setattr(folders, "_TRIES", 3)
     for output in ("/proc/zz", "/proc/zz/deep"):
         with pytest.raises(OptionError, match=f"output={output}: cannot be written"):
             prepare(source, Path(output), progress=False)

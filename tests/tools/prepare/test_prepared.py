@@ -20,7 +20,8 @@ from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.index import verify
-from nemo_vopd.tools.prepare.intake import HINT, side
+from nemo_vopd.tools.prepare.intake import side
+from nemo_vopd.tools.prepare.options import HINT
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.preview import write_preview
 from nemo_vopd.tools.prepare.synthetic import write_digits

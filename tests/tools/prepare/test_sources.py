@@ -17,9 +17,9 @@ from PIL import Image
 from nemo_vopd.config import CropConfig, DataConfig
 from nemo_vopd.data.encoder import cut_crop
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.prepare.columns import Columns
+from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
-from nemo_vopd.tools.prepare.sources import open_source
+from nemo_vopd.tools.prepare.sources import open_sources
 from nemo_vopd.views import load_with_box
 from tests.tools.prepare.test_prepare import stored
 
@@ -79,7 +79,7 @@ def structs(images, path=None):
 
 def test_a_folder_of_vision_opd_6k(folder):
     lines(folder / "in" / "train.jsonl", map(six_k, range(NUM)))
-    assert open_source(folder / "in").layout == "Vision-OPD-6K"
+    assert open_sources([folder / "in"])[0].layout == "Vision-OPD-6K"
     assert check(folder / "in", folder / "out")[0] == "train-00000001"
 
 
@@ -375,13 +375,13 @@ def test_wrong_sources(folder):
     lines(folder / "in" / "a.jsonl", [])
     lines(folder / "in" / "b.jsonl", [])
     with pytest.raises(OptionError, match="a folder with a.jsonl, b.jsonl"):
-        open_source(folder / "in")
+        open_sources([folder / "in"])
     assert sorted(path.name for path in folder.iterdir()) == ["empty", "in"]
 
 
 def test_tables_in_processes_and_damage_that_shows_late(folder):
     """Workers import neither torch nor Megatron; a page that cannot be read ends all with one line."""
-    code = "import sys; from nemo_vopd.tools.prepare import prepare, tables, worker; print(*sys.modules)"
+    code = "import sys; from nemo_vopd.tools.prepare import prepare, rows, shards; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "pyarrow" in loaded and not {"torch", "megatron", "transformers", "hydra"} & set(loaded)
     rows = {"image": FULL * 20, "question": [f"what is {i}?" for i in range(NUM * 20)], "bbox": BOXES * 20}
