@@ -63,7 +63,8 @@ class Sample:
     student: View
     teacher: View
     question: str
-    answer: str | None = None
+    answers: list[str] = field(default_factory=list)
+    """Reference answers, any of which is right; none where the record has none."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from nemo_vopd.batch import DroppedSample, Sample, View
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import RawRecord, iterate_records
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.data.records import check_answer, check_id, check_question
+from nemo_vopd.data.records import check_answers, check_id, check_question
 from nemo_vopd.views import UnusableSample, check_sides, crop_box, draw_box, load_image, load_with_box
 
 _MAX_CHARACTERS_PER_TOKEN = 32
@@ -61,7 +61,7 @@ class SampleEncoder:
                 teacher = self._view([evidence], question, [data.crop_pixels])
             else:
                 teacher = self._view([full, evidence], question, [data.full, data.crop_pixels])
-        return Sample(sample_id, record.key, student, teacher, question, check_answer(meta.get("answer")))
+        return Sample(sample_id, record.key, student, teacher, question, check_answers(meta.get("answer")))
 
     def _view(self, images: list[Image.Image], question: str, pixels: list) -> View:
         view = self.processor.view(images, question, pixels)

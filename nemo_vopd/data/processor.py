@@ -1,12 +1,7 @@
-"""Prompts as the model's own processor writes them: chat template, image patches, M-RoPE positions.
-
-`AutoProcessor` is avoided: its video part needs torchvision. The tokenizer and the image processor (Pillow
-backend) do not, and both views go through the same one.
-"""
+"""Prompts as the model's own processor writes them: chat template, image patches, M-RoPE positions."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,60 +10,55 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from nemo_vopd.batch import View
 from nemo_vopd.config import PixelConfig
-from nemo_vopd.errors import OptionError
+from nemo_vopd.data.opening import Parts, check_patches, open_parts, refused_by_name
+from nemo_vopd.hf_directory import refusal
 from nemo_vopd.views import UnusableSample
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
 _MAX_CACHED_TEMPLATES = 64  # each can be megabytes
 _MAX_ASPECT = 200
 """Qwen's smart resize refuses images more elongated than this."""
+PROBE_SECONDS = 10.0
+"""Time limit for the first prompt and the first image; they take milliseconds."""
+_PROBE_QUESTION = "What is it?"
+_OWN_TEMPLATE = "use the chat template of the model's publisher"
 
 
 class Processor:
     """Tokenizer, image processor and special ids of one Hugging Face directory."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, config: dict, end_token_ids: list[int]) -> None:
-        """Use `from_pretrained`. `config` is the directory's config.json."""
-        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.end_token_ids: list[int] = end_token_ids
-        """Ids that end a response; the first is the one written after an answer."""
-        self.image_token_id: int = config["image_token_id"]
-        self._special_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    def __init__(self, parts: Parts) -> None:
+        """Use `from_pretrained`."""
+        self.path, self.tokenizer, self.image_processor, self.hf, self.end_token_ids = parts
+        self.image_token_id: int = self.hf.image_token_id
+        self._special_texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._template_options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-        if "enable_thinking" in str(tokenizer.chat_template):
+        if "enable_thinking" in str(self.tokenizer.chat_template):
             self._template_options["enable_thinking"] = False
         self._templates: dict[tuple[str, int], list[int]] = {}
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path) -> Processor:
-        """Load the directory `hf_path`, never the network. Raises OptionError (model.hf_path) if it is incomplete."""
-        path = Path(hf_path)
-        remedy = "give the directory of a Hugging Face vision-language model"
-        if not path.is_dir():
-            raise OptionError("model.hf_path", hf_path, "is not a directory", remedy)
-        for names in (("config.json",), ("tokenizer.json", "vocab.json"), ("preprocessor_config.json",)):
-            if not any((path / name).is_file() for name in names):
-                raise OptionError("model.hf_path", hf_path, f"has no {' or '.join(names)}", remedy)
-        try:
-            config = json.loads((path / "config.json").read_text())
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
-        except (OSError, ValueError, KeyError) as error:
-            raise OptionError(
-                "model.hf_path", hf_path, f"cannot be read ({error})".replace("\n", " "), remedy
-            ) from None
-        if "image_token_id" not in config or "vision_config" not in config:
-            raise OptionError("model.hf_path", hf_path, "is not a vision-language model (config.json)", remedy)
-        if (path / "chat_template.json").is_file() and not (path / "chat_template.jinja").is_file():
-            # the processor's template: some releases give the tokenizer a text-only one
-            tokenizer.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
-        if not tokenizer.chat_template:
-            raise OptionError("model.hf_path", hf_path, "has no chat template", "use the instruction-tuned model")
-        return cls(tokenizer, image_processor, config, _end_token_ids(path, tokenizer))
+        """Load the directory `hf_path`, never the network, and try it on one prompt and one image.
+
+        Raises OptionError (model.hf_path) if it is incomplete or does not belong together.
+        """
+        processor = cls(open_parts(hf_path))
+        path = processor.path
+        with refused_by_name(path, "its chat template", PROBE_SECONDS):
+            options = processor._template_options | {"tokenize": False}
+            if _PROBE_QUESTION not in processor.tokenizer.apply_chat_template(_messages(_PROBE_QUESTION, 1), **options):
+                raise refusal(path, "its chat template leaves the question out", _OWN_TEMPLATE)
+            processor._template(_PROBE_QUESTION, 1)
+        with refused_by_name(path, "its image processor", PROBE_SECONDS):
+            side = 4 * processor.image_processor.patch_size * processor.image_processor.merge_size
+            image = Image.linear_gradient("L").convert("RGB").resize((2 * side, side))
+            values, grid = processor.patches(image, PixelConfig(1, 2 * side * side))
+            check_patches(path, values, grid[0].tolist(), processor.hf)
+        return processor
 
     @property
     def pad_token_id(self) -> int:
@@ -79,14 +69,14 @@ class Processor:
     @property
     def vocab_size(self) -> int:
         """Rows of the model's embedding, padding included: the width of its logits."""
-        return {**self.config, **self.config.get("text_config", {})}["vocab_size"]
+        return self.hf.text_config.vocab_size
 
     @property
     def forbidden_token_ids(self) -> list[int]:
         """Image, video and vision ids: a response that held one could not be scored (its image would be missing)."""
-        named = {value for key, value in self.config.items() if _is_vision_id(key, value)}
+        named = {value for key, value in vars(self.hf).items() if _is_vision_id(key, value)}
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if _VISION_TOKEN.match(token.content)}
-        return sorted((named | added) - set(self.end_token_ids))
+        return sorted(i for i in (named | added) - set(self.end_token_ids) if i < self.vocab_size)
 
     def view(self, images: list[Image.Image], question: str, pixels: list[PixelConfig]) -> View:
         """The prompt of `question` about RGB `images`; image i is resized into the range `pixels[i]`.
@@ -137,15 +127,22 @@ class Processor:
             for text in self._special_texts:
                 if text in question:
                     raise UnusableSample("malformed_record", f"the question contains the special token {text}")
-            content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
-            messages = [{"role": "user", "content": content}]
+            messages = _messages(question, num_images)
             ids = self.tokenizer.apply_chat_template(messages, **self._template_options)
-            assert ids.count(self.image_token_id) == num_images, "the chat template dropped or added an image"
+            if (found := ids.count(self.image_token_id)) != num_images:
+                token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+                what = f"its chat template writes {found} image tokens ({token}, config.json's image_token_id"
+                raise refusal(self.path, f"{what}={self.image_token_id}) for {num_images} images", _OWN_TEMPLATE)
             # rendering costs more than a small image: student and teacher share it, and so do repeated questions
             if len(self._templates) >= _MAX_CACHED_TEMPLATES:
                 self._templates.clear()
             self._templates[key] = ids
         return self._templates[key]
+
+
+def _messages(question: str, num_images: int) -> list[dict[str, Any]]:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 def mrope_positions(token_ids: Tensor, grid_thw: Tensor, image_token_id: int, merge: int) -> Tensor:
@@ -178,14 +175,3 @@ def _run_starts(is_image: Tensor, counts: Tensor) -> list[int]:
 
 def _is_vision_id(key: str, value: object) -> bool:
     return isinstance(value, int) and bool(re.fullmatch(r"(image|video|vision)(_start|_end)?_token_id", key))
-
-
-def _end_token_ids(path: Path, tokenizer: Any) -> list[int]:
-    """Ids that end a response: generation_config.json, else the tokenizer's; the tokenizer's own one comes first."""
-    file = path / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    own = tokenizer.eos_token_id
-    if not ids and own is None:
-        raise OptionError("model.hf_path", path, "names no end token", "add eos_token_id to generation_config.json")
-    return ids or [own] if own not in ids else [own] + [i for i in ids if i != own]

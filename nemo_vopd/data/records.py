@@ -28,13 +28,19 @@ def check_question(value: object) -> str:
     return _check_text("question", value, MAX_QUESTION_CHARACTERS, "overlong_prompt")
 
 
-def check_answer(value: object) -> str | None:
-    """The reference answer as text, if there is one. Raises UnusableSample (malformed_record)."""
-    if value is None:
-        return None
-    if not isinstance(value, str | int | float):
-        raise UnusableSample("malformed_record", "answer must be a text")
-    return _check_text("answer", str(value), MAX_QUESTION_CHARACTERS, "malformed_record")
+def check_answers(value: object) -> list[str]:
+    """The reference answers as texts, any of which is right; none for null, NaN (an empty cell of a table) and [].
+
+    Raises UnusableSample (malformed_record).
+    """
+    answers = []
+    for one in value if isinstance(value, list) else [value]:
+        if one is None or one != one:  # noqa: PLR0124  NaN
+            continue
+        if not isinstance(one, str | int | float):
+            raise UnusableSample("malformed_record", "answer must be a text, or a list of texts")
+        answers.append(_check_text("answer", str(one), MAX_QUESTION_CHARACTERS, "malformed_record"))
+    return answers
 
 
 BOX_FORMATS = ("xyxy", "xywh", "xyxy_unit", "xyxy_1000")

@@ -59,7 +59,7 @@ def build_engine(
     """
     if options.engine == "replay":
         assert options.path is not None  # validated
-        return ReplayEngine(options.path, options.n)
+        return ReplayEngine(options.path, options.n, inputs.processor.vocab_size)
     if options.engine == "vllm":
         engine = build_vllm(inputs, options, data, place)
         return AheadEngine(engine, upcoming) if options.ahead else engine

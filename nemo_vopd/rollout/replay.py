@@ -43,9 +43,12 @@ class ReplayEngine(RolloutEngine):
     Lines without a key (data_set, record, occurrence), written by hand for example, are found by sample id.
     """
 
-    def __init__(self, path: str | Path, n: int) -> None:
-        """Read the file that `rollout.dump_path` wrote; `n` responses are taken for each sample."""
-        self.path, self.n = path, n
+    def __init__(self, path: str | Path, n: int, vocab_size: int) -> None:
+        """Read the file that `rollout.dump_path` wrote; `n` responses are taken for each sample.
+
+        Raises OptionError with the number of a line that is no rollout of a model with `vocab_size` tokens.
+        """
+        self.path, self.n, self.vocab_size = path, n, vocab_size
         self._responses: dict[RecordKey | str, dict[int, tuple[str, Tensor, Tensor]]] = {}
         if not Path(path).is_file():
             raise OptionError("rollout.path", path, "is not a file", _REMEDY)
@@ -54,7 +57,7 @@ class ReplayEngine(RolloutEngine):
                 try:
                     self._add(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    why = f" ({error})" if isinstance(error, _Twice) else ""
+                    why = f" ({error})" if isinstance(error, _Reason) else ""
                     raise OptionError("rollout.path", path, f"line {number} is not a rollout{why}", _REMEDY) from None
 
     def _add(self, line: Record) -> None:
@@ -62,9 +65,11 @@ class ReplayEngine(RolloutEngine):
         key = RecordKey(*(line[name] for name in RecordKey._fields)) if "record" in line else sample_id
         if not all(type(number) is int for number in (index, *tokens)) or len(tokens) != len(log_probs):
             raise ValueError("a token id is no integer, or ids and log-probs differ in number")
+        if strangers := [number for number in tokens if not 0 <= number < self.vocab_size]:
+            raise _Reason(f"token id {strangers[0]}, and the model has {self.vocab_size} tokens")
         responses = self._responses.setdefault(key, {})
         if index in responses:
-            raise _Twice(f"response {index} to sample {sample_id} stands in the file already")
+            raise _Reason(f"response {index} to sample {sample_id} stands in the file already")
         ids = torch.tensor(tokens, dtype=torch.int64)
         responses[index] = sample_id, ids, torch.tensor(log_probs, dtype=torch.float32)
 
@@ -90,5 +95,5 @@ class ReplayEngine(RolloutEngine):
         return rollouts
 
 
-class _Twice(ValueError):
-    """A response that stands in the file already."""
+class _Reason(ValueError):
+    """Why a line that reads well is no rollout of this run."""

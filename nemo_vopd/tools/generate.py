@@ -11,6 +11,7 @@ from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.engine import Decoder
+from nemo_vopd.tools.evaluation.gap import answers
 from nemo_vopd.views import UnusableSample, load_image
 from nemo_vopd.vlm.build import build_vlm, check_model
 
@@ -41,7 +42,7 @@ def generate(
         forbidden_token_ids=tuple(processor.forbidden_token_ids),
         seed=config.seed,
     )
-    (((token_ids, log_probs),),) = decoder([view], ["request"], params)
+    ((token_ids, log_probs),) = answers(decoder, [view], ["request"], params)
     if not parallel.is_rank_zero():
         return None
     return {"text": processor.decode(token_ids), "token_ids": token_ids.tolist(), "log_probs": log_probs.tolist()}

@@ -85,8 +85,8 @@ def _answers(prompts: PromptBatch, processor: Processor, full_fraction: float, p
     rollouts, views = [], []
     num_full = round(len(prompts.samples) * full_fraction)
     for i, sample in enumerate(prompts.samples):
-        assert sample.answer is not None, f"sample {sample.id} has no answer"
-        tokens = torch.tensor(processor.encode_answer(sample.answer))
+        assert sample.answers, f"sample {sample.id} has no answer"
+        tokens = torch.tensor(processor.encode_answer(sample.answers[0]))
         rollouts.append(Rollout(sample, tokens, torch.zeros(len(tokens))))
         views.append(sample.student if i < num_full else sample.teacher)
     return collate(rollouts, views, processor.pad_token_id, pad_multiple)

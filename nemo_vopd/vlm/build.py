@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from transformers import AutoConfig
 
 from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
+from nemo_vopd.hf_directory import read_config, refusal
 from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.layers import recompute_options
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
 from nemo_vopd.vlm.layout import ModelShape, check_layout
+from nemo_vopd.vlm.served import check_served
 from nemo_vopd.vlm.weights.names import is_frozen
 from nemo_vopd.vlm.weights.reading import load_hf
 
@@ -36,19 +36,12 @@ def check_model(config: Config) -> None:
 
 
 def hf_config(config: Config) -> Any:
-    """The Hugging Face configuration of `config.model.hf_path`. Raises OptionError when it is no model we know."""
-    path = Path(config.model.hf_path)
-    if not (path / "config.json").is_file():
-        remedy = "give the directory of a Hugging Face vision-language model"
-        raise OptionError("model.hf_path", path, "has no config.json", remedy)
-    try:
-        hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        rule = f"has a config.json that cannot be read ({str(error).splitlines()[0]})"
-        raise OptionError("model.hf_path", path, rule, "copy the model again") from None
+    """The Hugging Face configuration of `config.model.hf_path`. Raises OptionError for what is not computed here."""
+    path = config.model.hf_path
+    hf = read_config(path)
     if hf.model_type not in _FAMILIES:
-        remedy = f"give a model of type {' or '.join(_FAMILIES)}"
-        raise OptionError("model.hf_path", path, f"holds a {hf.model_type} model", remedy)
+        raise refusal(path, f"holds a {hf.model_type} model", f"give a model of type {' or '.join(_FAMILIES)}")
+    check_served(hf, path)
     return hf
 
 

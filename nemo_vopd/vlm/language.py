@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_vopd.config import ParallelConfig
-from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore.stage import Split
 from nemo_vopd.vlm.layout import ModelShape, megatron_layout
 
@@ -56,12 +55,8 @@ def head_dim(text: Any) -> int:
 
 
 def language_config(hf: Any, parallel: ParallelConfig, dtype: torch.dtype, **family: Any) -> TransformerConfig:
-    """Megatron's configuration of the language model of `hf`; `family` adds what its kind of attention needs.
-
-    Raises OptionError when the model's config.json asks for something that is not computed here.
-    """
+    """Megatron's configuration of the language model of `hf`; `family` adds what its kind of attention needs."""
     text: Any = hf.text_config
-    _check_known(hf)
     layers = parallel.pipeline_layout
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
@@ -98,15 +93,3 @@ def language_config(hf: Any, parallel: ParallelConfig, dtype: torch.dtype, **fam
         batch_p2p_comm=torch.cuda.is_available(),
         **family,
     )
-
-
-def _check_known(hf: Any) -> None:
-    text: Any = hf.text_config
-    for name, value, known in (
-        ("hidden_act", text.hidden_act, "silu"),
-        ("rope_type", text.rope_parameters["rope_type"], "default"),
-        ("attention_bias", getattr(text, "attention_bias", False), False),
-    ):
-        if value != known:
-            rule = f"holds a model with {name}={value}"
-            raise OptionError("model.hf_path", hf.name_or_path, rule, f"give one with {name}={known}")

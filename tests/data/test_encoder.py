@@ -19,7 +19,7 @@ from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
 def test_stored_order_and_limit(data_config, processor):
     samples = list(iterate_samples(data_config.path, data_config, "crop", processor))
     assert [sample.id for sample in samples] == [f"digits-11-{i:06d}" for i in range(96)]
-    assert samples[0].answer.startswith("it is a")
+    assert samples[0].answers[0].startswith("it is a")
     assert len(list(iterate_samples(data_config.path, data_config, "crop", processor, limit=10))) == 10
     assert not list(iterate_samples(data_config.path, data_config, "crop", processor, limit=0))
 

@@ -36,7 +36,7 @@ def keys(batch):
 
 
 def assert_same(left, right):
-    assert (left.id, left.key, left.question, left.answer) == (right.id, right.key, right.question, right.answer)
+    assert (left.id, left.key, left.question, left.answers) == (right.id, right.key, right.question, right.answers)
     for name in ("student", "teacher"):
         for key, value in vars(getattr(left, name)).items():
             assert torch.equal(value, getattr(getattr(right, name), key)), (left.id, name, key)

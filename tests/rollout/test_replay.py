@@ -32,7 +32,7 @@ def test_every_occurrence_has_responses_of_its_own(tmp_path):
     places = [RecordKey(0, 5), RecordKey(0, 5, 1), RecordKey(1, 5), RecordKey(1, 9, 1)]
     written = [make_rollout("a", k, 10 * i + k, key) for i, key in enumerate(places) for k in (1, 0)]
     write(path, [written[:6], written[6:]])
-    engine = ReplayEngine(path, 2)
+    engine = ReplayEngine(path, 2, 128)
     for i, key in reversed(list(enumerate(places))):
         sample = make_rollout("a", 0, 0, key).sample
         assert tokens(engine.generate([sample])) == [("a", 0, 10 * i), ("a", 1, 10 * i + 1)]
@@ -45,13 +45,13 @@ def test_responses_written_by_hand_are_found_by_sample_id(tmp_path):
     lines = [{"sample_id": "a", "index": k, "token_ids": [k, 2], "log_probs": [-1.0, -0.5]} for k in (0, 1)]
     path.write_text("\n".join(map(json.dumps, lines)))
     for key in (RecordKey(0, 3), RecordKey(2, 0, 4)):
-        assert tokens(ReplayEngine(path, 2).generate([make_rollout("a", 0, 0, key).sample])) == [
+        assert tokens(ReplayEngine(path, 2, 128).generate([make_rollout("a", 0, 0, key).sample])) == [
             ("a", 0, 0),
             ("a", 1, 1),
         ]
     path.write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
     with pytest.raises(OptionError, match="line 3 .*response 0 to sample a stands in the file already"):
-        ReplayEngine(path, 2)
+        ReplayEngine(path, 2, 128)
 
 
 def test_a_file_is_written_anew_by_step_0(tmp_path):
@@ -65,12 +65,12 @@ def test_what_is_missing_is_named(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     write(path, [[make_rollout("a", 0, 1), make_rollout("a", 2, 3), make_rollout("a", 3, 4)]])
     with pytest.raises(OptionError, match="no response to sample b"):
-        ReplayEngine(path, 1).generate([make_rollout("b", 0, 1, RecordKey(0, 1)).sample])
+        ReplayEngine(path, 1, 128).generate([make_rollout("b", 0, 1, RecordKey(0, 1)).sample])
     with pytest.raises(OptionError, match="response to sample a for the record that is now sample b"):
-        ReplayEngine(path, 1).generate([make_rollout("b", 0, 1).sample])
+        ReplayEngine(path, 1, 128).generate([make_rollout("b", 0, 1).sample])
     for n in (2, 3, 4):  # number 1 is missing
         with pytest.raises(OptionError, match=f"rollout.n={n}"):
-            ReplayEngine(path, n).generate([make_rollout("a", 0, 1).sample])
+            ReplayEngine(path, n, 128).generate([make_rollout("a", 0, 1).sample])
 
 
 def test_a_line_that_is_no_rollout_is_named(tmp_path):
@@ -87,7 +87,11 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path):
             {"log_probs": None},
         )
     ]
+    for token in (128, 500, -1):  # an embedding has no row for it
+        path.write_text(json.dumps({**good, "token_ids": [token], "log_probs": [0.0]}))
+        with pytest.raises(OptionError, match=f"line 1 .*token id {token}, and the model has 128 tokens"):
+            ReplayEngine(path, 1, 128)
     for line in ("{", "3", '{"step": 0}', *map(json.dumps, wrong)):
         path.write_text(json.dumps(good) + "\n" + line + "\n")
         with pytest.raises(OptionError, match="line 2 is not a rollout"):
-            ReplayEngine(path, 1)
+            ReplayEngine(path, 1, 128)

@@ -78,13 +78,6 @@ def test_layouts_that_part_the_first_layers_are_refused(parallel, message):
         transformer_config(make_config(layers=6, deepstack=[0, 1, 2]), parallel, torch.float32)
 
 
-def test_models_with_biases_in_attention_are_refused():
-    config = make_config()
-    config.text_config.attention_bias = True
-    with pytest.raises(OptionError, match="attention_bias=True"):
-        transformer_config(config, ParallelConfig(), torch.float32)
-
-
 @pytest.fixture(scope="module")
 def tiny(assets, tmp_path_factory):
     """Four layers, features added after the first two."""

@@ -52,12 +52,19 @@ class Answer:
     """The same for questions about one image."""
     evidence: float | None = None
     """Area of the evidence over that of the image."""
+    other_answers: list[str] = field(default_factory=list)
+    """Answers that are right too."""
+
+    @property
+    def accepted(self) -> list[str]:
+        """Every answer that is right."""
+        return [self.answer, *self.other_answers]
 
     @classmethod
     def of(cls, q: Question, view: str, reply: str, evidence: float | None) -> Answer:
         """The line for `reply` to `q` about its `view`."""
         graded = q.id, view, reply, q.answer, q.kind, q.options
-        return cls(*graded, q.prompt, q.category, q.subcategory, q.cluster(), evidence)
+        return cls(*graded, q.prompt, q.category, q.subcategory, q.cluster(), evidence, q.other_answers)
 
     def line(self) -> str:
         """The answer as a line of the file."""

@@ -92,11 +92,17 @@ def help_text() -> str:
 
 
 def _text(row: Row, *names: str) -> str:
-    return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
+    """The first of the cells `names` of `row` that is not empty."""
+    return next((text for name in names if (text := _cell(row.get(name)))), "")
+
+
+def _cell(value: object) -> str:
+    """The text of a cell; tables write None or NaN into empty ones. 0 is a text like any other."""
+    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
 
 
 def _options(row: Row) -> dict[str, str]:
-    return {letter: str(row[letter]).strip() for letter in "ABCDEF" if str(row.get(letter) or "").strip()}
+    return {letter: text for letter in "ABCDEF" if (text := _cell(row.get(letter)))}
 
 
 def _listed(options: dict[str, str]) -> str:
@@ -104,15 +110,20 @@ def _listed(options: dict[str, str]) -> str:
 
 
 def _image_file(cell: object) -> bytes | None:
-    """The image file in a cell: a {"bytes": ...} struct (Hugging Face), plain bytes, or base64 text; else None."""
+    """The image file in a cell: a {"bytes": ...} struct (Hugging Face), plain bytes, or base64 text; None if empty.
+
+    Base64 is read as other readers do, with line breaks and without padding. Raises ValueError for anything else.
+    """
     if isinstance(cell, dict):
         cell = cell.get("bytes")
-    if isinstance(cell, str):
-        try:
-            cell = base64.b64decode(cell.split(",", 1)[1] if cell.startswith("data:") else cell, validate=True)
-        except ValueError:
-            return None
-    return bytes(cell) if isinstance(cell, bytes | bytearray) and cell else None
+    if isinstance(cell, bytes | bytearray):
+        return bytes(cell) or None
+    text = "".join(_cell(cell).split())
+    encoded = text.split(",", 1)[-1] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(encoded.rstrip("=") + "=" * (-len(encoded.rstrip("=")) % 4), validate=True) or None
+    except ValueError as error:
+        raise ValueError(f"has an image that is no base64 ({error})") from None
 
 
 def _image(cell: object) -> bytes:

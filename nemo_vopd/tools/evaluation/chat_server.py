@@ -163,9 +163,8 @@ class Judge(Endpoint):
 
 def _question(answer: Answer) -> str:
     """What the judge is asked about `answer`: reasoning of the model is left out."""
-    reference = answer.answer
-    if answer.options.get(reference):
-        reference = f"({reference}) {answer.options[reference]}"
+    options = answer.options
+    reference = " or ".join(f"({one}) {options[one]}" if options.get(one) else one for one in answer.accepted)
     return JUDGE_PROMPT.format(question=answer.question, answer=reference, reply=final_answer(answer.reply))
 
 

@@ -26,7 +26,7 @@ from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
 from nemo_vopd.tools.evaluation.benchmarks import Benchmark, find_benchmark
 from nemo_vopd.tools.evaluation.chat_server import Endpoint, Judge, served_model
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
-from nemo_vopd.tools.evaluation.gap import greedy
+from nemo_vopd.tools.evaluation.gap import answers, greedy
 from nemo_vopd.tools.evaluation.questions import Question, stored_questions
 from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
 from nemo_vopd.views import UnusableSample
@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
                     who["data"] = fingerprint(data.path)
                 file = AnswersFile(_beside(output_file, f"{benchmark.name}.answers"), who | settings)
                 closing.callback(file.close)
-            answers = ask(
+            given = ask(
                 islice(_questions(benchmark, data, unusable), config.limit),
                 model,
                 group,
@@ -76,18 +76,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             )
         if not parallel.is_rank_zero():
             continue
-        if not answers:
+        if not given:
             if config.views == ["crop"] and not unusable:
                 raise OptionError("views", config.views, "there are neither boxes nor crops", "set views=[full]")
             first = f" ({unusable[0]})" if unusable else ""
             raise OptionError("data.path", data.path, f"holds no question that can be asked{first}", "check its images")
-        grades, seed, by_category = grade_all(answers, judge), config.seed, benchmark.by_category
-        result = summarise(answers, grades, by_category=by_category, pairs=benchmark.pairs, seed=seed)
+        grades, seed, by_category = grade_all(given, judge), config.seed, benchmark.by_category
+        result = summarise(given, grades, by_category=by_category, pairs=benchmark.pairs, seed=seed)
         result |= {"title": benchmark.title, "num_unusable": len(unusable)}
         output["results"][benchmark.name] = result
         if config.baseline is not None:
             theirs = read_answers(_answers_of(config.baseline, benchmark.name), "baseline")
-            found = compare(answers, grades, theirs, grade_all(theirs, judge), by_category=by_category, seed=seed)
+            found = compare(given, grades, theirs, grade_all(theirs, judge), by_category=by_category, seed=seed)
             if found is not None:
                 output["comparison"][benchmark.name] = {"baseline": config.baseline, **found}
             else:
@@ -152,8 +152,8 @@ def _native_model(decoder: Decoder, processor: Processor, data: DataConfig, max_
             except UnusableSample as unusable:
                 replies[place] = NotAnswered(str(unusable))
         names = [f"{question.id}/{view}" for question, view in map(asked.__getitem__, views)]
-        for place, responses in zip(views, decoder(list(views.values()), names, params), strict=True):
-            replies[place] = processor.decode(responses[0][0])
+        for place, (ids, _) in zip(views, answers(decoder, list(views.values()), names, params), strict=True):
+            replies[place] = processor.decode(ids)
         return [replies[place] for place in range(len(asked))]
 
     return reply

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
-from nemo_vopd.batch import DroppedSample, Sample
+from nemo_vopd.batch import DroppedSample, Sample, View
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import require_dataset
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.engine import Decoder
@@ -20,6 +21,8 @@ from nemo_vopd.tools.evaluation.questions import classify, grade
 
 _MAX_BYTES = 1 << 30
 """Bytes of images that a rank holds at a time, both views together: some forty samples of a million pixels."""
+
+Response = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -69,7 +72,7 @@ def measure_gap(
     """Answer the first `limit` usable samples of the Energon data set `path` from the full and the crop view.
 
     Data-parallel ranks share the samples, a few in memory at a time; every rank returns the whole result. Raises
-    OptionError, naming `option`, on every rank when there is no sample or one has no answer.
+    OptionError, naming `option`, on every rank when no sample can be used; those without an answer are left out.
     """
     require_dataset(path, option)
     group, params = groups.dp_cp, greedy(processor, max_response_length)
@@ -79,18 +82,26 @@ def measure_gap(
     for some in _batches(stream):
         names, texts = [sample.id for sample in some.values()], []
         for views in ([sample.student for sample in some.values()], [sample.teacher for sample in some.values()]):
-            texts.append([processor.decode(responses[0][0]) for responses in decoder(views, names, params)])
+            texts.append([processor.decode(ids) for ids, _ in answers(decoder, views, names, params)])
         for (place, sample), full, crop in zip(some.items(), *texts, strict=True):
             mine.append((place * group.size() + group.rank(), _graded(sample, full, crop)))
     found = dict(parallel.gather_all(mine, group))
-    remedy, replies = "evaluate on a data set with answers", []
-    for reply in (found[place] for place in sorted(found)):
-        if isinstance(reply, str):
-            raise OptionError(option, path, f"has no answer to compare with in sample {reply}", remedy)
-        replies.append(reply)
+    replies = [found[place] for place in sorted(found) if isinstance(found[place], Reply)]
     if not replies:
-        raise OptionError(option, path, "holds no usable sample", remedy)
+        raise OptionError(option, path, "holds no usable sample with an answer", "evaluate on a data set with answers")
+    if len(replies) < len(found) and parallel.is_rank_zero():
+        print(f"{option}={path}: {len(found) - len(replies)} samples without an answer are left out", flush=True)
     return Gap(replies)
+
+
+def answers(decoder: Decoder, views: list[View], names: list[str], params: SamplingParams) -> list[Response]:
+    """The first answer (token_ids [R], log_probs [R]) to each view. Raises RunError where a number is not finite."""
+    first = [responses[0] for responses in decoder(views, names, params)]
+    for name, (_, log_probs) in zip(names, first, strict=True):
+        if not log_probs.isfinite().all():
+            what = f"the model's probabilities for {name} are not finite: its weights overflow in this number format"
+            raise RunError(f"{what}; try precision=fp32, or export the model from an earlier checkpoint")
+    return first
 
 
 def _batches(stream: Iterable[Sample | DroppedSample]) -> Iterator[dict[int, Sample]]:
@@ -120,8 +131,8 @@ def greedy(processor: Processor, max_response_length: int) -> SamplingParams:
 
 def _graded(sample: Sample, full: str, crop: str) -> Reply | str:
     """The replies to a sample; its id where it has no answer to compare with."""
-    if sample.answer is None:
+    if not sample.answers:
         return sample.id
-    kind, answer, options = classify(sample.question, sample.answer)
-    full_correct, crop_correct = (bool(grade(text, answer, kind, options)) for text in (full, crop))
+    kind, accepted, options = classify(sample.question, sample.answers)
+    full_correct, crop_correct = (bool(grade(text, accepted, kind, options)) for text in (full, crop))
     return Reply(sample.id, full, crop, full_correct, crop_correct)

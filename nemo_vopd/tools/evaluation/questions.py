@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -14,8 +14,7 @@ from PIL import Image
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import cut_crop, parse_meta
-from nemo_vopd.data.records import check_answer, check_id, check_question
-from nemo_vopd.errors import OptionError
+from nemo_vopd.data.records import check_answers, check_id, check_question
 from nemo_vopd.tools.evaluation.chosen_option import extract_option
 from nemo_vopd.tools.evaluation.extraction import extract_yes_no, final_answer, same_text
 from nemo_vopd.views import UnusableSample, check_box, load_image, load_with_box
@@ -47,6 +46,8 @@ class Question:
     """OPTION: letter -> text, in order; texts may be empty."""
     category: str = ""
     subcategory: str = ""
+    other_answers: list[str] = field(default_factory=list)
+    """Answers that are right too."""
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -148,10 +149,7 @@ def told_apart(name: str, seen: dict[str, int]) -> str:
 
 
 def stored_questions(path: str, data: DataConfig, unusable: list[str]) -> Iterator[Question]:
-    """The records of the Energon data set `path` as questions; what cannot be read goes to `unusable`.
-
-    Raises OptionError (data.path) at a record without an answer.
-    """
+    """The records of the Energon data set `path` as questions; why one cannot be used goes to `unusable`."""
     seen: dict[str, int] = {}
     for record in iterate_records(path):
         try:
@@ -159,26 +157,39 @@ def stored_questions(path: str, data: DataConfig, unusable: list[str]) -> Iterat
             sample_id, text = check_id(meta.get("id", record.name)), check_question(meta.get("question"))
             if record.image is None:
                 raise UnusableSample("missing_image")
-            kind, answer, options = classify(text, check_answer(meta.get("answer")) or "")
+            kind, answers, options = classify(text, check_answers(meta.get("answer")))
         except UnusableSample as reason:
             unusable.append(f"{record.name}: {reason}")
             continue
         sample_id = told_apart(sample_id, seen)
-        if answer == "":
-            rule = f"has no answer to compare with in sample {sample_id}"
-            raise OptionError("data.path", path, rule, "evaluate on a data set with answers")
+        if not answers:
+            unusable.append(f"{sample_id}: has no answer to compare with")
+            continue
+        shown = record.image, record.crop, meta.get("bbox")
         prompt = text + data.question_hint
-        yield Question(sample_id, prompt, answer, kind, record.image, record.crop, meta.get("bbox"), options)
+        yield Question(sample_id, prompt, answers[0], kind, *shown, options, other_answers=answers[1:])
 
 
-def classify(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
-    """(kind, answer, options) by which a reply to a record of one's own is graded.
+def classify(question: str, answers: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """(kind, answers, options) by which a reply to a record of one's own is graded.
 
-    The letter of an option that the question lists is read as one, and yes or no as such; all else is a text.
+    The letter of an option that the question lists is read as one, and yes or no as such; all else, and answers of
+    several kinds, are texts.
     """
+    found = [_classified(question, answer) for answer in answers if answer.strip()]
+    if len({kind for kind, _, _ in found}) == 1:
+        return found[0][0], [answer for _, answer, _ in found], found[0][2]
+    return TEXT, [_bare(answer) for answer in answers if answer.strip()], {}
+
+
+def _bare(answer: str) -> str:
     if "<answer>" in answer or "boxed{" in answer:  # reasoning data sets mark the key as a reply is to mark it
         answer = final_answer(answer) or answer
-    answer = answer.strip()
+    return answer.strip()
+
+
+def _classified(question: str, answer: str) -> tuple[str, str, dict[str, str]]:
+    answer = _bare(answer)
     options = parse_options(question)
     letter = option_letter(answer)
     if letter is not None and letter in options:
@@ -194,8 +205,8 @@ def exact_match(reply: str, answer: str) -> bool:
     return words == wanted
 
 
-def grade(reply: str, answer: str, kind: str, options: Mapping[str, str]) -> bool | None:
-    """Whether `reply` is right; None where rules cannot tell (a judge may).
+def grade(reply: str, answers: Sequence[str], kind: str, options: Mapping[str, str]) -> bool | None:
+    """Whether `reply` says one of `answers`; None where rules cannot tell (a judge may).
 
     Options and yes/no: what is chosen decides, a reply that chooses nothing is left open. Open questions: right if
     the texts are the same, else open, as other words can say the same. An empty reply is wrong.
@@ -203,6 +214,6 @@ def grade(reply: str, answer: str, kind: str, options: Mapping[str, str]) -> boo
     if not reply.strip():
         return False
     if kind == TEXT:
-        return True if exact_match(reply, answer) or same_text(reply, answer) else None
+        return True if any(exact_match(reply, answer) or same_text(reply, answer) for answer in answers) else None
     chosen = extract_option(reply, options) if kind == OPTION else extract_yes_no(reply)
-    return None if chosen is None else chosen == answer
+    return None if chosen is None else chosen in answers

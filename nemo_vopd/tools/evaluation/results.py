@@ -25,7 +25,7 @@ def grade_all(
     answers: Sequence[Answer], judge: Callable[[Sequence[Answer]], list[bool | None]] | None = None
 ) -> Grades:
     """The grade of each answer; what rules leave open goes to `judge`."""
-    grades: Grades = {(a.id, a.view): grade(a.reply, a.answer, a.kind, a.options) for a in answers}
+    grades: Grades = {(a.id, a.view): grade(a.reply, a.accepted, a.kind, a.options) for a in answers}
     if judge is not None:
         left = [answer for answer in answers if grades[answer.id, answer.view] is None]
         for answer, right in zip(left, judge(left), strict=True):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_vopd.data.records import box_in_pixels, check_answer, check_question, question_text, without_hint
+from nemo_vopd.data.records import box_in_pixels, check_answers, check_question, question_text, without_hint
 from nemo_vopd.tools.prepare.options import LISTS, PrepareOptions
 from nemo_vopd.tools.prepare.rows import Row, Source, record_id
 from nemo_vopd.views import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
@@ -26,7 +26,8 @@ class Prepared:
     crop: bytes | None
     bbox: list[float] | None
     """Corners in pixels of the image as it is stored."""
-    answer: str | None
+    answers: list[str]
+    """Reference answers, any of which is right."""
     facts: ImageFacts
     split: str
     """train | validation"""
@@ -52,7 +53,7 @@ def read_record(row: Row, source: Source, options: PrepareOptions, prefix: str =
     if hinted and options.hint == "remove":
         question = check_question(without_hint(question, options.hint_text))
     sample_id = record_id(row, source, columns)
-    answer = check_answer(columns.find("answer", values)[1])
+    answers = check_answers(columns.find("answer", values)[1])
     image_column, value = columns.find("image", values)
     if value is None and image_column not in LISTS:
         raise UnusableSample("missing_image", "no image is named")
@@ -75,7 +76,7 @@ def read_record(row: Row, source: Source, options: PrepareOptions, prefix: str =
     # a default id counts records, and would move those behind a new one to the other side
     key = sample_id.encode() if options.split_by == "id" and has_id else image
     split = side(key, options.validation_fraction)
-    return Prepared(prefix + sample_id, question, image, crop, bbox, answer, facts, split, hinted)  # type: ignore[arg-type]
+    return Prepared(prefix + sample_id, question, image, crop, bbox, answers, facts, split, hinted)  # type: ignore[arg-type]
 
 
 def side(key: bytes, validation_fraction: float) -> str:

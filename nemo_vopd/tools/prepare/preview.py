@@ -161,7 +161,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, cell: _Cell, x: int, y: int, crop_pixe
     for text in textwrap.wrap(_printable(record.question), 84, max_lines=2, placeholder=" ..."):
         draw.text((x, line), text, _INK, ImageFont.load_default(16))
         line += 21
-    answer = "no answer" if record.answer is None else f"answer: {record.answer}"
+    answer = f"answer: {' or '.join(record.answers)}" if record.answers else "no answer"
     for text in (answer, _sizes(cell, crop_pixels), record.id):
         draw.text((x, line + 1), _shorten(text, 100), _MUTED, ImageFont.load_default(14))
         line += 19

@@ -106,7 +106,7 @@ class Statistics:
 
     def keep(self, record: Prepared) -> None:
         """Count a record that is stored."""
-        self.having["answer"] += record.answer is not None
+        self.having["answer"] += bool(record.answers)
         self.having["box"] += record.bbox is not None
         self.having["crop"] += record.crop is not None
         self.having["hint"] += record.hinted
@@ -171,7 +171,8 @@ def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -
 
 def _add(tar: tarfile.TarFile, key: str, record: Prepared) -> None:
     """Append the parts of `record`; without times and owners, which would make the same data other bytes."""
-    meta = {"id": record.id, "question": record.question, "bbox": record.bbox, "answer": record.answer}
+    answer = record.answers if len(record.answers) > 1 else next(iter(record.answers), None)
+    meta = {"id": record.id, "question": record.question, "bbox": record.bbox, "answer": answer}
     parts = {"image": record.image, "crop": record.crop, "json": json.dumps(meta, ensure_ascii=False).encode()}
     for name, data in parts.items():
         if data is not None:

@@ -64,7 +64,7 @@ def make_examples(questions: list[ShownSample], before: list[Reply], after: list
         answers = *_said(first.get(name)), *_said(last.get(name))
         full_before, crop_before, full_after, crop_after = answers
         shown = full_before, full_after, crop_before, crop_after
-        examples.append(Example(*pictures, question.text, question.sample.answer, *shown))
+        examples.append(Example(*pictures, question.text, " or ".join(question.sample.answers) or None, *shown))
     return examples
 
 
@@ -130,7 +130,7 @@ def write_run_examples(model: VisionOPDModel) -> None:
     questions = read_questions(path, config.data, model.processor, num_records)
     after: list[Reply] = []
     # what `measure_gap` asks for: a run that is finished must not end on it
-    if questions and all(question.sample.answer is not None for question in questions):
+    if any(question.sample.answers for question in questions):
         decoder = Decoder(model.student, model.groups, config.rollout.max_batch_tokens)
         length = config.rollout.max_response_length
         arguments = decoder, model.processor, path, config.data, model.groups

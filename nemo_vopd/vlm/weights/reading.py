@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_vopd.errors import OptionError
+from nemo_vopd.hf_directory import weight_files
+from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage, WeightRule
 from nemo_vopd.vlm.weights.names import canonical, interleave
 
@@ -25,25 +27,31 @@ class HFReader:
     """Slices of the tensors of a Hugging Face directory (one or several safetensors files)."""
 
     def __init__(self, path: str | Path) -> None:
-        """Index the files of `path`; raises OptionError when there are none."""
+        """List the tensors of `path`; raises OptionError when there are none, or one is there twice."""
         self.path = Path(path)
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise OptionError(
-                "model.hf_path", path, "holds no *.safetensors file", "give a Hugging Face model directory"
-            )
         self.original_name: dict[str, str] = {}
         self._file: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}  # type: ignore[valid-type]
-        for file in files:
+        for file in weight_files(path):
             try:
                 names = list(self._handle(file).keys())
             except SafetensorError as error:
                 rule = f"holds {file.name}, which cannot be read ({error})"
                 raise OptionError("model.hf_path", path, rule, "copy the model again") from None
             for name in names:
-                self.original_name[canonical(name)] = name
-                self._file[canonical(name)] = file
+                self._add(name, file)
+
+    def _add(self, name: str, file: Path) -> None:
+        """Enter the tensor `name` of `file`. Raises OptionError for one that is there already, or is quantized."""
+        key, dtype = canonical(name), self._handle(file).get_slice(name).get_dtype()
+        if key in self._file:
+            first = f"{self.original_name[key]} in {self._file[key].name}"
+            rule = f"holds one tensor twice, {first} and {name} in {file.name}"
+            raise OptionError("model.hf_path", self.path, rule, "remove the file that does not belong to the model")
+        if dtype not in _DTYPES:
+            rule = f"holds {name} as {dtype}, and weights must be {', '.join(_DTYPES)}"
+            raise OptionError("model.hf_path", self.path, rule, "give the model that is not quantized")
+        self.original_name[key], self._file[key] = name, file
 
     def _handle(self, file: Path):
         if file not in self._open:
@@ -77,11 +85,13 @@ class HFReader:
 def load_hf(stage: Stage, path: str | Path, groups: ProcessGroupCollection) -> None:
     """Fill this rank's shards of `stage` from the Hugging Face directory `path`, one parameter after the other.
 
-    Every rank of the model must call it. Raises OptionError that names missing, unexpected and misshaped tensors.
+    Every rank of the model must call it. Raises OptionError that names missing, unexpected and misshaped tensors, those
+    that hold a number that is not finite, and a head that differs from the embedding although config.json ties them.
     """
     reader = HFReader(path)
     rules = {name: stage.weight_rule(name) for name, _ in stage.named_parameters()}
-    _check_names(reader, rules, groups)
+    has_spare_head = _check_names(reader, rules, groups)
+    faults: list[str] = []
     size, num_groups = groups.tp.size(), stage.config.num_query_groups
     total = sum(p.numel() for p in stage.parameters())
     shown = total > _WORTH_A_PROGRESS_LINE and dist.get_rank() == 0
@@ -90,6 +100,13 @@ def load_hf(stage: Stage, path: str | Path, groups: ProcessGroupCollection) -> N
             rule = rules[name]
             _check_shapes(reader, rule, parameter, size)
             parts = [_local_part(reader, n, parameter, rule, groups) for n in rule.names]
+            for n, part in zip(rule.names, parts, strict=True):
+                if not part.isfinite().all():
+                    faults.append(f"{reader.original_name[n]}, which is not finite (NaN or infinite)")
+                if has_spare_head and n == "embed_tokens.weight":
+                    head = _local_part(reader, "lm_head.weight", parameter, rule, groups)
+                    if not torch.equal(head, part):
+                        faults.append(f"{reader.original_name['lm_head.weight']}, which differs from the embedding")
             if rule.split == "qkv":
                 value = interleave(*parts, num_groups=num_groups // size)  # type: ignore[misc,operator]
             else:
@@ -97,6 +114,18 @@ def load_hf(stage: Stage, path: str | Path, groups: ProcessGroupCollection) -> N
             parameter[: value.shape[0]].copy_(value)
             parameter[value.shape[0] :] = 0  # vocabulary padding
             bar.update(parameter.numel())
+    _raise_on_all(reader, faults, groups)
+
+
+def _raise_on_all(reader: HFReader, faults: list[str], groups: ProcessGroupCollection) -> None:
+    """Raise OptionError on every rank of the model when one has found `faults`."""
+    found = parallel.gather_all(parallel.gather_all(faults, groups.tp), groups.pp)
+    if found:
+        more = f", and {len(set(found)) - 1} more" if len(set(found)) > 1 else ""
+        remedy = "copy the model again, or export it from an earlier checkpoint"
+        if "lm_head" in found[0]:
+            remedy = "set tie_word_embeddings=false in config.json to use that head, or take it out of the file"
+        raise OptionError("model.hf_path", reader.path, f"holds {found[0]}{more}", remedy)
 
 
 def _local_part(reader: HFReader, name: str, parameter: Tensor, rule: WeightRule, groups: ProcessGroupCollection):
@@ -124,8 +153,11 @@ def _check_shapes(reader: HFReader, rule: WeightRule, parameter: Tensor, size: i
         raise OptionError("model.hf_path", reader.path, rule_text, _BELONG)
 
 
-def _check_names(reader: HFReader, rules: dict[str, WeightRule], groups: ProcessGroupCollection) -> None:
-    """Raise OptionError, on every rank, when the files lack a tensor of the model or hold one that it does not know."""
+def _check_names(reader: HFReader, rules: dict[str, WeightRule], groups: ProcessGroupCollection) -> bool:
+    """Whether the files hold a head although the model's is its embedding.
+
+    Raises OptionError, on every rank, when the files lack a tensor of the model or hold one that it does not know.
+    """
     gathered: list = [None] * groups.pp.size()
     dist.all_gather_object(gathered, [name for rule in rules.values() for name in rule.names], group=groups.pp)
     needed = {name for names in gathered for name in names}
@@ -137,3 +169,4 @@ def _check_names(reader: HFReader, rules: dict[str, WeightRule], groups: Process
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise OptionError("model.hf_path", reader.path, f"{what} {', '.join(names[:3])}{more}", _BELONG)
+    return "lm_head.weight" in present - needed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import recipes.evaluate  # noqa: F401  registers the options
 from nemo_vopd.cli import CONF
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
+from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark, read_rows
 from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text
 from nemo_vopd.tools.evaluation.evaluate import evaluate
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
@@ -24,6 +27,7 @@ from tests.tools.evaluation.published import (
     PUBLISHED,
     RIGHT,
     Server,
+    base64_png,
     categories,
     listed,
     reply,
@@ -196,10 +200,41 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path, server, reques
     assert "4 questions of 300" in out and "MMVP.tsv, row 2: has the answer 'Z'" in out and "row 3: has no image" in out
 
 
-def test_tsv_images_that_point_to_an_earlier_row(tmp_path):
-    from nemo_vopd.tools.evaluation.benchmark_files import read_rows
-    from tests.tools.evaluation.published import base64_png
+def test_cells_of_other_writers_are_read_or_the_reason_is_told(tmp_path):
+    """Options that are numbers, 0 among them; empty cells as None and NaN; base64 in lines and without padding."""
+    image = base64.b64decode(base64_png(0))
+    encoded = base64.b64encode(image).decode()
+    spellings = [
+        encoded,
+        encoded.rstrip("="),
+        "\n".join(encoded[i : i + 76] for i in range(0, len(encoded), 76)),
+        f"data:image/png;base64,{encoded}",
+        f" {encoded}\r\n",
+    ]
+    whole = {"question": "How many?", "A": 0, "B": 1, "C": 0.5, "D": float("nan"), "answer": "A", "category": "x"}
+    rows = [{**whole, "index": number, "l2_category": "y", "image": text} for number, text in enumerate(spellings)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["A"] = [0] * len(rows)
+    (tmp_path / "mmstar").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "mmstar" / "mmstar.parquet")
+    unusable: list[str] = []
+    questions = list(read_benchmark(find_benchmark("mmstar"), tmp_path, unusable))
+    assert [q.options for q in questions] == [{"A": "0", "B": "1", "C": "0.5"}] * len(rows) and not unusable
+    assert [q.full for q in questions] == [image] * len(rows)
+    for cell, reason in (
+        ("not base64!", "no base64"),
+        ("['a', 'b']", "no base64"),
+        ("", "has no image"),
+        (None, "has no image"),
+    ):
+        columns["image"] = [encoded] * (len(rows) - 1) + [cell]
+        pq.write_table(pa.table(columns), tmp_path / "mmstar" / "mmstar.parquet")
+        unusable = []
+        assert len(list(read_benchmark(find_benchmark("mmstar"), tmp_path, unusable))) == len(rows) - 1
+        assert f"mmstar.parquet, row {len(rows)}: " in unusable[0] and reason in unusable[0]
 
+
+def test_tsv_images_that_point_to_an_earlier_row(tmp_path):
     images = [base64_png(0), "10", base64_png(2), "10", "30"]
     tsv(tmp_path / "a.tsv", index=[10, 20, 30, 40, 50], image=images)
     rows = list(read_rows(tmp_path / "a.tsv", ["index", "image"]))

@@ -496,12 +496,12 @@ def test_options_in_a_question(text, options):
 
 def test_answers_of_ones_own_data_are_classified():
     options = "Which?\n(A) red\n(B) blue"
-    assert classify(options, "(b)")[:2] == ("option", "B") and classify(options, "blue")[0] == "text"
-    assert classify("How many?", "<answer>0</answer>")[1] == "0" and classify(options, "\\boxed{B}")[:2] == (
-        "option",
-        "B",
-    )
-    assert classify("Is it?", "Yes.") == ("yes_no", "yes", {}) and classify("What?", "B") == ("text", "B", {})
+    assert classify(options, ["(b)"])[:2] == ("option", ["B"]) and classify(options, ["blue"])[0] == "text"
+    assert classify("How many?", ["<answer>0</answer>"])[1] == ["0"]
+    assert classify(options, ["\\boxed{B}"])[:2] == ("option", ["B"])
+    assert classify("Is it?", ["Yes."]) == ("yes_no", ["yes"], {}) and classify("What?", ["B"]) == ("text", ["B"], {})
+    assert classify(options, ["A", "(b)"])[:2] == ("option", ["A", "B"]) and classify("What?", ["", " "])[1] == []
+    assert classify(options, ["A", "dark red"])[:2] == ("text", ["A", "dark red"])
     assert [option_letter(t) for t in ("B", "(b)", "C: x", "A dog", "Blue", "")] == ["B", "B", "C", None, None, None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def oracle_gap(config, max_bytes):
         for view, name in zip(views, ids, strict=True):
             place, sample = by_id[name]
             right = view.num_tokens == crop_tokens or place < 3
-            tokens = torch.tensor(processor.encode_answer(sample.answer if right else "what"))
+            tokens = torch.tensor(processor.encode_answer(sample.answers[0] if right else "what"))
             replies.append([(tokens, torch.zeros(len(tokens)))])
         return replies
 
@@ -58,12 +59,12 @@ def test_full_and_crop_accuracy_over_all_ranks(world_size, max_bytes, assets, tm
         assert batches == ([1] * 2 * NUM if max_bytes == 1 else [len(batches) and batches[0]] * 2)
 
 
-def unanswered(config, path):
+def replies_or_error(config, path):
     groups = parallel.initialize(config.parallel, seed=1)
     processor = Processor.from_pretrained(config.model.hf_path)
     tokens = torch.tensor(processor.encode_answer("what"))
     try:
-        measure_gap(
+        gap = measure_gap(
             lambda views, ids, params: [[(tokens, torch.zeros(len(tokens)))] for _ in views],
             processor,
             str(path),
@@ -74,22 +75,24 @@ def unanswered(config, path):
         )
     except OptionError as error:
         return str(error)
+    return [(reply.full, reply.full_correct) for reply in gap.replies]
 
 
-def test_a_sample_without_an_answer_is_told_on_every_rank(assets, tmp_path):
+def test_a_sample_without_an_answer_is_left_out_on_every_rank(assets, tmp_path):
     from nemo_vopd.tools.prepare.prepare import prepare
     from nemo_vopd.tools.prepare.synthetic import write_digits
 
     write_digits(tmp_path / "raw", num_samples=4, seed=1)
-    lines = (tmp_path / "raw" / "data.jsonl").read_text().splitlines()
-    lines[3] = lines[3].replace('"answer"', '"reply"')
-    (tmp_path / "raw" / "data.jsonl").write_text("\n".join(lines) + "\n")
+    records = [json.loads(line) for line in (tmp_path / "raw" / "data.jsonl").read_text().splitlines()]
+    records[0]["answer"] = ["red", "What"]  # any of them is right
+    records[2]["answer"], records[3]["answer"] = float("nan"), [None]
+    (tmp_path / "raw" / "data.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     prepare(tmp_path / "raw" / "data.jsonl", tmp_path / "data", workers=1, progress=False)
     config = tiny_config(assets, tmp_path)
-    told = run_distributed(unanswered, 2, config, tmp_path / "data")
-    assert told[0] == told[1] and "evaluation.path=" in told[0] and "no answer to compare with in sample" in told[0]
+    for replies in run_distributed(replies_or_error, 2, config, tmp_path / "data"):
+        assert replies == [("what", True), ("what", False)]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_length=1))
-    assert "holds no usable sample" in run_distributed(unanswered, 1, config, tmp_path / "data")[0]
+    assert "holds no usable sample" in run_distributed(replies_or_error, 1, config, tmp_path / "data")[0]
 
 
 @pytest.mark.parametrize(
@@ -98,4 +101,4 @@ def test_a_sample_without_an_answer_is_told_on_every_rank(assets, tmp_path):
 )
 def test_exact_match(reply, answer, right):
     assert exact_match(reply, answer) is right
-    assert bool(grade(reply, answer, "text", {})) is right
+    assert bool(grade(reply, ["some other", answer], "text", {})) is right

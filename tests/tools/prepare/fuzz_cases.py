@@ -236,7 +236,7 @@ class Fuzz:
         bad, good = "malformed_record", "images/good.png"
         cases = many(bad, "question", [True, 3, -1.5, [], {}, [[]], ["what?"], {"text": "what?"}, None])
         cases += many(bad, "id", ["", "  ", True, None, 1.5, [], {}, ["a"], 10**1001])
-        cases += many(bad, "answer", [[], {}, ["a"], nested(90)])
+        cases += many(bad, "answer", [{}, [{}], [["a"]], nested(90)])
         cases += many(bad, "images", [True, good, {}, 1, None, [[]], [1], [good, good]], problem="q")
         cases += many(bad, "problem", [True, 3, [], {}, None], images=[good])
         cases += many(bad, "teacher_images", [True, good, [1], [good, good]], images=[good], problem="q")
@@ -247,7 +247,7 @@ class Fuzz:
                 record("duplicate_id", id=again),
                 record("duplicate_id", id=again, question="?"),
             ]
-        answers = (True, 3, -0.5, float("nan"), "", "\0", None)
+        answers = (True, 3, -0.5, float("nan"), "", "\0", None, [], ["a"], ["a", 3, None])
         return cases + [record(id=f"answer-{i}", answer=value) for i, value in enumerate(answers)]
 
     def lines(self):

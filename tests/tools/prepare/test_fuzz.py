@@ -64,7 +64,9 @@ def checked(items):
         if isinstance(item, DroppedSample):
             assert item.reason in DROP_REASONS and item.detail.isprintable() and len(item.detail) <= 300
         else:
-            assert isinstance(item, Sample) and item.question.strip() and isinstance(item.answer, str | None)
+            assert (
+                isinstance(item, Sample) and item.question.strip() and all(isinstance(one, str) for one in item.answers)
+            )
             for view in (item.student, item.teacher):
                 assert view.pixel_values.isfinite().all() and view.position_ids.shape == (3, view.num_tokens)
     return items
@@ -129,13 +131,13 @@ def damaged_records(payload):
     wrong = {
         "id": [None, True, 1.5, [], {}, "", "x" * 2000, "\ud800"],
         "question": [None, True, 3, [], {}, ["a"], "\ud800", "<|image_pad|>"],
-        "answer": [[], {}, ["a"], "\ud800"],
+        "answer": [[[]], {}, [{}], "\ud800", ["\ud800"]],
         "bbox": ["", 3, True, {}, [1, 2], [1, 2, 3, "4"], [None] * 4, [math.nan] * 4, nested(900), [10**400] * 4],
     }
     cases += [(bad, {"image": image, "json": {**meta, key: value}}) for key in wrong for value in wrong[key]]
     more = [("empty_question", "question", " "), ("overlong_prompt", "question", "what " * 4_000_000)]
     more += [("empty_box", "bbox", [5, 5, 5, 5]), ("box_outside_image", "bbox", [99, 99, 100, 100])]
-    more += [("missing_crop", "bbox", None), (None, "answer", True), (None, "id", 7)]
+    more += [("missing_crop", "bbox", None), (None, "answer", True), (None, "answer", ["a", None]), (None, "id", 7)]
     cases += [(reason, {"image": image, "json": {**meta, key: value}}) for reason, key, value in more]
     tiny, narrow = (encoded("PNG", picture(size=size)) for size in ((1, 1), (60, 3)))
     images = [(image[:-40], "unreadable_image"), (crop[:-300], "unreadable_image"), (b"", "unreadable_image")]

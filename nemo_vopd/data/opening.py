@@ -1,0 +1,178 @@
+"""Opens the tokenizer, image processor and chat template of a model directory, and refuses what cannot be right.
+
+`AutoProcessor` is avoided: its video part needs torchvision. The tokenizer and the image processor (Pillow backend) do
+not, and both views go through the same one.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from nemo_vopd.errors import OptionError
+from nemo_vopd.hf_directory import one_line, read_config, read_json, refusal
+
+_GIVE = "give the directory of a Hugging Face vision-language model"
+_PUBLISHED = "use the file of the model's publisher"
+_IMAGE_PROCESSORS = {
+    f"{family}ImageProcessor{kind}" for family in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL") for kind in ("", "Fast", "Pil")
+}
+"""Names that files give to the one image processor that these families share."""
+
+
+class Parts(NamedTuple):
+    """What a directory holds beside the weights."""
+
+    path: str
+    tokenizer: Any
+    image_processor: Any
+    hf: Any
+    """The model's configuration."""
+    end_token_ids: list[int]
+    """Ids that end a response; the first is the one written after an answer."""
+
+
+def open_parts(hf_path: str | Path) -> Parts:
+    """Load what the directory `hf_path` holds beside the weights. Raises OptionError that names file and rule."""
+    path = Path(hf_path)
+    hf = read_config(path)
+    if not hasattr(hf, "image_token_id") or not hasattr(hf, "vision_config"):
+        raise refusal(path, "is not a vision-language model (config.json)", _GIVE)
+    names = ("tokenizer.json", "vocab.json")
+    if not any((path / name).is_file() for name in names):
+        raise refusal(path, f"has no {' or '.join(names)}", _GIVE)
+    tokenizer = _open_tokenizer(path)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= hf.text_config.vocab_size:
+        what = f"tokenizer.json has token id {highest}, and config.json has vocab_size={hf.text_config.vocab_size}"
+        raise refusal(path, what, "give a model whose embedding was enlarged with its tokenizer")
+    image_processor = _open_image_processor(path, hf.vision_config)
+    return Parts(str(hf_path), tokenizer, image_processor, hf, _end_token_ids(path, tokenizer, highest))
+
+
+def _open_tokenizer(path: Path) -> Any:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).is_file():
+            read_json(path, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the formats are many, and so are their errors
+        raise refusal(path, f"holds a tokenizer that cannot be read ({one_line(error)})", _PUBLISHED) from None
+    if (path / "chat_template.json").is_file() and not (path / "chat_template.jinja").is_file():
+        # the processor's template: some releases give the tokenizer a text-only one
+        tokenizer.chat_template = read_json(path, "chat_template.json").get("chat_template")
+    if not tokenizer.chat_template:
+        raise refusal(path, "has no chat template", "use the instruction-tuned model")
+    return tokenizer
+
+
+def _open_image_processor(path: Path, vision: Any) -> Any:
+    """The image processor; its patches are those of the tower of the configuration `vision`."""
+    file, settings = _image_settings(path)
+    kind = settings.get("image_processor_type")
+    if kind is not None and kind not in _IMAGE_PROCESSORS:
+        raise refusal(
+            path,
+            f"{file} asks for the image processor {kind}",
+            f"one of {', '.join(sorted(_IMAGE_PROCESSORS))} is needed",
+        )
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise refusal(path, f"{file} cannot be used ({one_line(error)})", _PUBLISHED) from None
+    for name, of_tower in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        value = getattr(processor, name)
+        if value != of_tower:
+            what = f"{file} has {name}={value}, and the vision tower of config.json {of_tower}"
+            raise refusal(path, what, _PUBLISHED)
+    if not processor.do_resize:
+        what = f"{file} has do_resize=false: images would not fit the tower's patches"
+        raise refusal(path, what, "set it to true; data.full and data.crop_pixels set the sizes")
+    return processor
+
+
+def _image_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """(file, settings) of the image processor: a part of processor_config.json, or a file of their own."""
+    combined, own = "processor_config.json", "preprocessor_config.json"
+    if (path / combined).is_file():
+        settings = read_json(path, combined).get("image_processor")
+        if isinstance(settings, dict):
+            return combined, settings
+    if not (path / own).is_file():
+        raise refusal(path, f"has no {own}, and no {combined} with an image processor", _GIVE)
+    return own, read_json(path, own)
+
+
+def _end_token_ids(path: Path, tokenizer: Any, highest: int) -> list[int]:
+    """Ids that end a response: generation_config.json, else the tokenizer's; the tokenizer's own one comes first."""
+    file = "generation_config.json"
+    given = read_json(path, file).get("eos_token_id") if (path / file).is_file() else None
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(one) is int and 0 <= one <= highest for one in ids):
+        raise refusal(path, f"{file} has eos_token_id={given}, which is no token of the tokenizer", _PUBLISHED)
+    own = tokenizer.eos_token_id
+    if not ids and own is None:
+        raise refusal(path, "names no end token", "add eos_token_id to generation_config.json")
+    return ids or [own] if own not in ids else [own] + [i for i in ids if i != own]
+
+
+@contextmanager
+def refused_by_name(path: str, what: str, seconds: float) -> Iterator[None]:
+    """Turn whatever goes wrong in the block into an OptionError that says `what` was tried; it may take `seconds`.
+
+    The limit holds in the main thread, which is where models are opened.
+    """
+    try:
+        with _time_limit(seconds):
+            yield
+    except OptionError:
+        raise
+    except TimeoutError:
+        raise refusal(path, f"{what} does not end within {seconds:g} seconds", _PUBLISHED) from None
+    except Exception as error:  # templates and settings are programs of other people
+        raise refusal(path, f"{what} ends in an error ({one_line(error)})", _PUBLISHED) from None
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_patches(path: str, values: Any, grid: list[int], hf: Any) -> None:
+    """Raise OptionError unless patches `values` [N, D] of one image with `grid` (t, h, w) are what the tower takes."""
+    vision = hf.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    if tuple(values.shape) != (math.prod(grid), width):
+        what = (
+            f"its image processor makes patches {tuple(values.shape)} where the tower takes {(math.prod(grid), width)}"
+        )
+        raise refusal(path, what, _PUBLISHED)
+    if not values.isfinite().all():
+        what = "its image processor (image_mean, image_std, rescale_factor) makes pixels that are not finite"
+        raise refusal(path, what, _PUBLISHED)

@@ -1,0 +1,124 @@
+"""Which values of config.json are computed exactly; every other one is refused by name.
+
+A field that is listed here may have any value. All others must have transformers' default: what a stranger's model, or
+a later version of transformers, sets differently would otherwise be ignored and change the numbers in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from nemo_vopd.hf_directory import refusal
+
+_INERT = {"initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+"""Change nothing that is computed here: initialisation, generation with transformers, limits that nobody reads."""
+_TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_TEXT_SERVED = {*_TEXT_SIZES, "vocab_size", "rms_norm_eps", "layer_types", "rope_parameters", "head_dim"}
+_WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers"}
+"""Say which layers attend to a window; transformers makes `layer_types` of them, which is what its layers read."""
+_VISION_SIZES = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size")
+_VISION_SIZES += ("temporal_patch_size", "out_hidden_size")
+_ROPE = {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved"}
+_USE = "it is not computed here"
+_CORRECT = "correct config.json, or copy the model again"
+
+
+def check_served(hf: Any, path: str) -> None:
+    """Raise OptionError, which names the field, unless the model `hf` of the directory `path` is computed exactly.
+
+    The vision tower is transformers' own and takes any value that fits; the language model is Megatron's.
+    """
+    text, vision = hf.text_config, hf.vision_config
+    if getattr(hf, "quantization_config", None) is not None:
+        raise refusal(path, "config.json has a quantization_config", "give the model that is not quantized")
+    _check_sizes(text, "text_config", (*_TEXT_SIZES, "vocab_size"), path)
+    _check_sizes(vision, "vision_config", _VISION_SIZES, path)
+    _check_defaults(text, "text_config", _TEXT_SERVED | _WINDOWS | _INERT, path)
+    for number, kind in enumerate(getattr(text, "layer_types", None) or ()):
+        if kind != "full_attention":
+            # the field that people set is another one than the list that transformers makes of it
+            name = "use_sliding_window" if getattr(text, "use_sliding_window", False) else "layer_types"
+            what = f"config.json: text_config.{name} gives layer {number} {kind}, and only full_attention is computed"
+            raise refusal(path, what, "give a model whose layers attend to everything before them")
+    _check_heads(text, path)
+    _check_rope(text, path)
+    _check_tower(vision, text.hidden_size, path)
+
+
+def _check_sizes(part: Any, name: str, sizes: Collection[str], path: str) -> None:
+    for size in sizes:
+        value = getattr(part, size)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise refusal(path, f"config.json: {name}.{size}={value} must be a whole number above 0", _CORRECT)
+
+
+def _check_defaults(part: PreTrainedConfig, name: str, served: Collection[str], path: str) -> None:
+    """Raise OptionError for a field of the class of `part` that is not in `served` and has not its default value."""
+    of_all_models = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    for field in dataclasses.fields(type(part)):  # type: ignore[arg-type]
+        if field.name in of_all_models or field.name in served:
+            continue
+        value, default = getattr(part, field.name), field.default
+        if value != default:
+            what = f"config.json: {name}.{field.name}={value} is not computed, only {field.name}={default} is"
+            raise refusal(path, what, "give a model without it")
+
+
+def _check_heads(text: Any, path: str) -> None:
+    heads, groups, hidden = text.num_attention_heads, text.num_key_value_heads, text.hidden_size
+    if heads % groups:
+        what = f"config.json: text_config.num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+        raise refusal(path, what, _CORRECT)
+    known = {field.name for field in dataclasses.fields(text)}
+    width = getattr(text, "head_dim", None)
+    if "head_dim" not in known and width not in (None, hidden // heads):
+        # transformers would take it for the rotary angles alone
+        what = f"config.json: text_config.head_dim={width} is no field of this kind of model"
+        raise refusal(path, what, "take it out, or give a model whose heads share the hidden size")
+    if width is None and hidden % heads:
+        what = f"config.json: text_config.num_attention_heads={heads} does not divide hidden_size={hidden}"
+        raise refusal(path, what, _CORRECT)
+
+
+def _check_rope(text: Any, path: str) -> None:
+    rope = text.rope_parameters
+    place = "config.json: text_config.rope_parameters (rope_scaling in older files)"
+    if rope["rope_type"] != "default":
+        what = f"{place} has rope_type={rope['rope_type']}, and only default is computed"
+        raise refusal(path, what, "give the model as it was before its context was extended")
+    if unknown := sorted(name for name, value in rope.items() if name not in _ROPE and value is not None):
+        what = f"{place} has {unknown[0]}={rope[unknown[0]]}, which is not computed"
+        raise refusal(path, what, "give a model without it")
+    theta = rope["rope_theta"]
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not (0 < theta < math.inf):
+        raise refusal(path, f"{place} has rope_theta={theta}, which must be a positive number", _CORRECT)
+    sections, half = rope.get("mrope_section"), (getattr(text, "head_dim", None) or _head_dim(text)) // 2
+    whole = isinstance(sections, list | tuple) and all(type(number) is int and number >= 0 for number in sections)
+    if not whole or len(sections) != 3 or sum(sections) != half:
+        what = f"{place} has mrope_section={sections}, which must be three whole numbers that add up to {half}"
+        raise refusal(path, what, _CORRECT)
+
+
+def _head_dim(text: Any) -> int:
+    return text.hidden_size // text.num_attention_heads
+
+
+def _check_tower(vision: Any, hidden: int, path: str) -> None:
+    if vision.in_channels != 3:
+        what = f"config.json: vision_config.in_channels={vision.in_channels}, and images have 3"
+        raise refusal(path, what, "give a model for RGB images")
+    if vision.out_hidden_size != hidden:
+        what = f"config.json: vision_config.out_hidden_size={vision.out_hidden_size} is not text_config.hidden_size"
+        raise refusal(path, f"{what}={hidden}", _CORRECT)
+    if vision.hidden_size % (4 * vision.num_heads):
+        what = f"config.json: vision_config.hidden_size={vision.hidden_size} is no multiple of 4 * num_heads"
+        raise refusal(path, f"{what}={4 * vision.num_heads}", _CORRECT)  # angles of two axes, each a half of a half
+    window = getattr(vision, "window_size", None)
+    if window is not None and window < vision.patch_size * vision.spatial_merge_size:
+        what = f"config.json: vision_config.window_size={window} is less than one merged patch"
+        raise refusal(path, what, _CORRECT)

@@ -1,0 +1,383 @@
+"""Model directories of strangers: each gives transformers' logits, or one line that names file and rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from nemo_vopd.batch import Packing
+from nemo_vopd.config import Config, ModelConfig, PixelConfig, PrecisionConfig
+from nemo_vopd.data.processor import Processor
+from nemo_vopd.errors import OptionError
+from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
+from nemo_vopd.vlm.build import build_vlm
+from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    write_tiny_model(folder / "qwen2_5", seed=5)
+    write_tiny_model(folder / "tied", seed=5, tie_word_embeddings=True)
+    write_tiny_qwen3_vl(folder / "qwen3", folder / "qwen2_5")
+    return folder
+
+
+def edit(name, **changes):
+    """Change fields of the JSON file `name`; "a.b" is field b of a, and a value of `DROP` takes the field out."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            place = content
+            *path, last = key.split("__")
+            for part in path:
+                place = place[part]
+            if value is DROP:
+                del place[last]
+            else:
+                place[last] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+DROP = object()
+TEXT, VISION = "text_config__", "vision_config__"
+
+
+def config(**changes):
+    return edit("config.json", **changes)
+
+
+def text(**changes):
+    return config(**{TEXT + key: value for key, value in changes.items()})
+
+
+def vision(**changes):
+    return config(**{VISION + key: value for key, value in changes.items()})
+
+
+def pixels(**changes):
+    return edit("preprocessor_config.json", **changes)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def weights(change):
+    """Change the dictionary of tensors in model.safetensors."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def sharded(folder: Path, stray: bool = False) -> None:
+    """Two files and an index; with `stray` a third of an earlier save, with other numbers, which the index lacks."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if stray:
+        save_file({name: tensors[name] + 1 for name in names[:5]}, folder / "model-00001-of-00003.safetensors")
+
+
+def as_hub(folder: Path) -> None:
+    """The flat config.json of the Hub's first Qwen2.5-VL, with its old names."""
+    content = json.loads((folder / "config.json").read_text())
+    inner = content.pop("text_config")
+    rope = inner.pop("rope_parameters")
+    inner.pop("model_type")
+    inner.pop("layer_types")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    content |= inner | {"rope_scaling": scaling, "rope_theta": 10.9, "sliding_window": 8, "use_sliding_window": False}
+    content["vision_config"] |= {"in_chans": 3, "spatial_patch_size": 14}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def as_transformers_5(folder: Path) -> None:
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    content = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": settings}
+    (folder / "processor_config.json").write_text(json.dumps(content))
+
+
+def newer_names(folder: Path) -> None:
+    """Names as transformers has them since its version 5, beside a rotary table as the first files had."""
+
+    def rename(tensors):
+        for name in list(tensors):
+            inner = name.removeprefix("model.")
+            if inner != name:
+                tensors[f"model.language_model.{inner}"] = tensors.pop(name)
+            elif name.startswith("visual."):
+                tensors[f"model.{name}"] = tensors.pop(name)
+        tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+
+    weights(rename)(folder)
+
+
+def both(*changes):
+    def apply(folder: Path) -> None:
+        for change in changes:
+            change(folder)
+
+    return apply
+
+
+def store_head(difference):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + difference
+
+    return weights(change)
+
+
+def rename_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+
+
+def old_beside(folder: Path) -> None:
+    """A second file with the same names and other numbers."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, folder / "a.safetensors")
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10.9, "mrope_section": [2, 3, 3]}
+ACCEPTED = {
+    "theta is no whole number": ("qwen2_5", text(rope_parameters=ROPE)),
+    "sections with a zero": ("qwen2_5", text(rope_parameters=ROPE | {"mrope_section": [0, 4, 4]})),
+    "as on the Hub": ("qwen2_5", as_hub),
+    "norms of another epsilon": ("qwen2_5", text(rms_norm_eps=0.1)),
+    "windows of another size": ("qwen2_5", vision(window_size=28)),
+    "another activation in the tower": ("qwen2_5", vision(hidden_act="gelu")),
+    "every layer of the tower sees all": ("qwen2_5", vision(fullatt_block_indexes=[0, 1])),
+    "another theta in the tower": ("qwen2_5", vision(rope_parameters={"rope_type": "axial", "rope_theta": 50.0})),
+    "tied": ("tied", lambda folder: None),
+    "tied, the same head stored": ("tied", store_head(0.0)),
+    "tied in the inner part only": ("tied", config(tie_word_embeddings=DROP, **{TEXT + "tie_word_embeddings": True})),
+    "shards with a stray one": ("qwen2_5", lambda folder: sharded(folder, stray=True)),
+    "another file beside model.safetensors": ("qwen2_5", old_beside),
+    "one file of another name": ("qwen2_5", rename_weights),
+    "newer names": ("qwen2_5", newer_names),
+    "processor_config.json": ("qwen2_5", as_transformers_5),
+    "the Hub's name of the image processor": ("qwen2_5", pixels(image_processor_type="Qwen2_5_VLImageProcessor")),
+    "one number for all channels": ("qwen2_5", pixels(image_mean=0.5, image_std=0.3)),
+    "pixels that are not normalised": ("qwen2_5", pixels(do_normalize=False)),
+    "qwen3": ("qwen3", lambda folder: None),
+    "qwen3, theta is no whole number": ("qwen3", text(rope_parameters=ROPE | {"mrope_section": [6, 3, 3]})),
+    "qwen3, another activation in the tower": ("qwen3", vision(hidden_act="silu")),
+    "fields of no meaning": ("qwen2_5", text(use_cache=False, initializer_range=9.0, sliding_window=4, colour="red")),
+}
+
+
+def nan_in(name):
+    def change(tensors):
+        tensors[name].view(-1)[3] = float("nan")
+
+    return weights(change)
+
+
+def to_8_bits(tensors):
+    name = "model.norm.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+def index_to(entry):
+    def apply(folder: Path) -> None:
+        sharded(folder)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"][next(iter(index["weight_map"]))] = entry
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+def twice_in_the_shards(folder: Path) -> None:
+    sharded(folder)
+    tensors = load_file(folder / "model-2.safetensors")
+    tensors |= dict([next(iter(load_file(folder / "model-1.safetensors").items()))])
+    save_file(tensors, folder / "model-2.safetensors")
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_text((folder / name).read_text()[:60])
+
+
+def template(content):
+    return write("chat_template.jinja", content)
+
+
+def named_templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "{{ messages }}"}]
+    edit("tokenizer_config.json", chat_template=named)(folder)
+
+
+NO_USER = "{{ raise_exception('a system turn is needed') }}"
+ENDLESS = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+REFUSED = {
+    "tied, another head stored": ("tied", store_head(1e-3), "lm_head.weight.*tie_word_embeddings=false"),
+    "sliding windows": (
+        "qwen2_5",
+        text(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=DROP),
+        "use_sliding_window",
+    ),
+    "layers of another kind": (
+        "qwen2_5",
+        text(layer_types=["full_attention", "chunked_attention", "full_attention"]),
+        "layer_types.*layer 1",
+    ),
+    "layers of no kind": ("qwen2_5", text(layer_types=["full_attention", "linear", "full_attention"]), "layer_types"),
+    "yarn": ("qwen2_5", text(rope_parameters=ROPE | {"rope_type": "yarn", "factor": 2.0}), "rope_type=yarn"),
+    "a part of the head is turned": (
+        "qwen2_5",
+        text(rope_parameters=ROPE | {"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor",
+    ),
+    "no rope": ("qwen2_5", text(rope_parameters=None, rope_scaling=None), "mrope_section=None"),
+    "sections that do not add up": (
+        "qwen2_5",
+        text(rope_parameters=ROPE | {"mrope_section": [2, 3, 4]}),
+        "add up to 8",
+    ),
+    "sections that are none": ("qwen2_5", text(rope_parameters=ROPE | {"mrope_section": "233"}), "mrope_section"),
+    "a negative theta": ("qwen2_5", text(rope_parameters=ROPE | {"rope_theta": -1.0}), "rope_theta"),
+    "another activation": ("qwen2_5", text(hidden_act="gelu"), "hidden_act=gelu"),
+    "dropout": ("qwen2_5", text(attention_dropout=0.1), "attention_dropout=0.1"),
+    "biases": ("qwen3", text(attention_bias=True), "attention_bias"),
+    "head_dim of another family": ("qwen2_5", text(head_dim=32), "head_dim=32"),
+    "quantized": ("qwen2_5", config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config"),
+    "weights of 8 bits": ("qwen2_5", weights(to_8_bits), "model.norm.weight.*I8"),
+    "sizes as text": ("qwen2_5", text(hidden_size="64"), "config.json.*hidden_size"),
+    "no heads": ("qwen2_5", text(num_attention_heads=0), "num_attention_heads=0"),
+    "groups that do not divide": ("qwen2_5", text(num_key_value_heads=3), "num_key_value_heads=3"),
+    "a tower of another width": ("qwen2_5", vision(out_hidden_size=32), "out_hidden_size=32"),
+    "four channels": ("qwen2_5", vision(in_channels=4), "tower takes .128, 1568"),
+    "windows smaller than a patch": ("qwen2_5", vision(window_size=14), "window_size=14"),
+    "config.json empty": ("qwen2_5", write("config.json", ""), "config.json cannot be read as JSON"),
+    "config.json cut": ("qwen2_5", cut("config.json"), "config.json cannot be read as JSON"),
+    "config.json a list": ("qwen2_5", write("config.json", "[]"), "config.json holds no JSON object"),
+    "text_config a list": ("qwen2_5", config(text_config=[]), "config.json"),
+    "tokenizer.json cut": ("qwen2_5", cut("tokenizer.json"), "tokenizer.json cannot be read as JSON"),
+    "tokenizer_config.json empty": (
+        "qwen2_5",
+        write("tokenizer_config.json", ""),
+        "tokenizer_config.json cannot be read",
+    ),
+    "generation_config.json cut": ("qwen2_5", cut("generation_config.json"), "generation_config.json cannot be read"),
+    "preprocessor_config.json cut": (
+        "qwen2_5",
+        cut("preprocessor_config.json"),
+        "preprocessor_config.json cannot be read",
+    ),
+    "preprocessor_config.json a list": ("qwen2_5", write("preprocessor_config.json", "[]"), "holds no JSON object"),
+    "index cut": ("qwen2_5", both(sharded, cut("model.safetensors.index.json")), "index.json cannot be read"),
+    "index leads outside": ("qwen2_5", index_to("../other.safetensors"), "not in the directory itself"),
+    "index names a file that is not there": (
+        "qwen2_5",
+        index_to("model-3.safetensors"),
+        "model-3.safetensors, which is not there",
+    ),
+    "a tensor in two files": ("qwen2_5", twice_in_the_shards, "model-1.safetensors.*model-2.safetensors"),
+    "a tensor under two names": (
+        "qwen2_5",
+        weights(lambda t: t.update({"model.language_model.norm.weight": t["model.norm.weight"].clone()})),
+        "model.norm.weight",
+    ),
+    "not a number": ("qwen2_5", nan_in("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight.*not finite"),
+    "not a number in the tower": (
+        "qwen2_5",
+        nan_in("visual.merger.mlp.0.bias"),
+        "visual.merger.mlp.0.bias.*not finite",
+    ),
+    "a token beyond the embedding": ("qwen2_5", text(vocab_size=20), "token id .* vocab_size=20"),
+    "an end token of no tokenizer": ("qwen2_5", edit("generation_config.json", eos_token_id=500), "eos_token_id=500"),
+    "a template without an image": (
+        "qwen2_5",
+        template("{{ messages[0]['content'][1]['text'] }}"),
+        "chat template writes 0 image tokens",
+    ),
+    "a template that leaves the question out": (
+        "qwen2_5",
+        template("<|image_pad|>"),
+        "chat template leaves the question out",
+    ),
+    "a template of wrong syntax": ("qwen2_5", template("{% for %}"), "chat template ends in an error"),
+    "a template that refuses": ("qwen2_5", template(NO_USER), "a system turn is needed"),
+    "named templates without a default": ("qwen2_5", named_templates, "chat template"),
+    "an endless template": ("qwen2_5", template(ENDLESS), "chat template does not end within"),
+    "another image token": ("qwen2_5", config(image_token_id=5), "chat template writes 0 image tokens"),
+    "other patches": ("qwen2_5", pixels(patch_size=16), "patch_size=16"),
+    "merged otherwise": ("qwen2_5", pixels(merge_size=1), "merge_size=1"),
+    "other frames": ("qwen2_5", pixels(temporal_patch_size=1), "temporal_patch_size=1"),
+    "images of their own size": ("qwen2_5", pixels(do_resize=False), "do_resize=false"),
+    "divided by zero": ("qwen2_5", pixels(image_std=[0, 0, 0]), "not finite"),
+    "a filter that does not exist": ("qwen2_5", pixels(resample=77), "image processor ends in an error"),
+    "another image processor": ("qwen2_5", pixels(image_processor_type="CLIPImageProcessor"), "CLIPImageProcessor"),
+}
+
+
+def copy(families, tmp_path, family, change) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(families / family, folder)
+    change(folder)
+    return folder
+
+
+def open_all(folder, groups):
+    """Everything that a recipe reads of a directory."""
+    config = Config(model=ModelConfig(hf_path=str(folder)), precision=PrecisionConfig(dtype="fp32"))
+    return Processor.from_pretrained(folder), build_vlm(config, groups).chunks[0]
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted_directories_give_transformers_logits(case, families, tmp_path, groups):
+    folder = copy(families, tmp_path, *ACCEPTED[case])
+    processor, ours = open_all(folder, groups)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    view = processor.view([picture], "what digit is red?", [PixelConfig(3136, 12544)])
+    with torch.no_grad():
+        hidden = ours(
+            view.token_ids, view.position_ids, Packing.of([view.num_tokens]), view.pixel_values, view.grid_thw
+        )
+        logits = hidden[:, 0] @ ours.output_weight().T
+        # transformers reads no file of another name
+        whole = families / ACCEPTED[case][0] if (folder / "a.safetensors").is_file() else folder
+        theirs = AutoModelForImageTextToText.from_pretrained(whole, dtype=torch.float32).eval()
+        is_image = (view.token_ids == processor.image_token_id).int()
+        expected = theirs(
+            input_ids=view.token_ids[None],
+            mm_token_type_ids=is_image[None],
+            pixel_values=view.pixel_values,
+            image_grid_thw=view.grid_thw,
+        ).logits[0]
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_directories_are_named(case, families, tmp_path, groups, monkeypatch):
+    monkeypatch.setattr("nemo_vopd.data.processor.PROBE_SECONDS", 1.0)
+    family, change, rule = REFUSED[case]
+    folder = copy(families, tmp_path, family, change)
+    with pytest.raises(OptionError, match=rule) as caught:
+        open_all(folder, groups)
+    assert caught.value.option == "model.hf_path" and "\n" not in str(caught.value) and len(str(caught.value)) < 700
