@@ -18,7 +18,7 @@ from nemo_vopd.config import Config
 from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
-from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+from nemo_vopd.mcore.pipeline_passes import student_pass, teacher_pass
 from nemo_vopd.mcore.teacher_weights import ShardedWeights
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.tools.planning.workload import Packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_vopd.options import bounded_options
+from nemo_vopd.bounds import bounded_options
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 
 DOCUMENT = Path(__file__).with_name("troubleshooting.md")

@@ -73,7 +73,7 @@ class DroppedSample:
 
     id: str
     reason: str
-    """A short word of `nemo_vopd.views.DROP_REASONS`."""
+    """A short word of `nemo_vopd.images.DROP_REASONS`."""
     detail: str = ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from nemo_vopd.options import bounded
+from nemo_vopd.bounds import bounded
 
 MONITORS = ("entropy", "mean_response_length", "distinct_2", "student_topk_mass", "full_accuracy", "crop_accuracy")
 

@@ -24,15 +24,15 @@ from nemo_vopd.distill.teacher import Teacher
 from nemo_vopd.distill.vocabulary import Vocabulary
 from nemo_vopd.mcore import cpu, fp8, parallel
 from nemo_vopd.mcore.optimizer import Optimizer, OptimizerFacade, learning_rate, wrap_ddp
-from nemo_vopd.mcore.schedule import LossFunction, student_pass, teacher_pass
+from nemo_vopd.mcore.pipeline_passes import LossFunction, student_pass, teacher_pass
 from nemo_vopd.mcore.sharded_state import Shards
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.mcore.strategy import count_from
 from nemo_vopd.mcore.teacher_weights import ShardedWeights
 from nemo_vopd.rollout.build import EngineInputs, ServerPlace, build_engine
 from nemo_vopd.rollout.engine import SamplingParams
+from nemo_vopd.training.checkpoint import Checkpointer
 from nemo_vopd.training.metrics import Reporter, Timers, step_sums
-from nemo_vopd.training.saving import Checkpointer
 from nemo_vopd.training.stopping import FINISHED, RunControl
 from nemo_vopd.vlm.build import build_twin, build_vlm, freeze, shape_of
 
@@ -49,7 +49,7 @@ class VisionOPDModel(ModelPT):
     ) -> None:
         """Build everything from `config`; weights come from `config.model.hf_path`.
 
-        `measure` gives accuracies by name after so many steps, where `evaluation.every_n_steps` asks for them.
+        `measure(model, step)` returns accuracies by name; it is called every `evaluation.every_n_steps` steps.
         """
         # ModelPT refuses a top-level key named model, so the run's configuration sits one level down
         super().__init__(OmegaConf.create({"run": dataclasses.asdict(config)}), trainer)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ class VisionOPDModel(ModelPT):
         """Between two steps: measure accuracy where it is due, save, and stop when there is a reason to."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
         step = self.trainer.global_step
-        fp8.agree(self._scaling(), self.groups)
+        fp8.synchronize_scaling(self._scaling(), self.groups)
         self._evaluate(step)
         self.checkpointer.finish(wait=False)
         reason = self.control.stop_reason(step)
@@ -291,7 +291,7 @@ class VisionOPDModel(ModelPT):
         """Required by ModelPT; the loader is built by `train_dataloader`."""
 
     def setup_validation_data(self, val_data_config=None) -> None:
-        """Required by ModelPT; accuracy is measured by recipes/evaluate.py."""
+        """Required by ModelPT; accuracy is measured by `_evaluate` in a run, and by recipes/evaluate.py."""
 
     @classmethod
     def list_available_models(cls):

@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_vopd.bounds import check_bounds
 from nemo_vopd.config import Config, CropConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import check_bounds
 
 
 def typed[AnyT](cfg: DictConfig, schema: type[AnyT]) -> AnyT:

@@ -13,10 +13,10 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import bounded
 from nemo_vopd.validation import from_hydra
 
 

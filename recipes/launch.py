@@ -30,10 +30,10 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this environment has NeMo-Run and not this package
 
+from nemo_vopd.bounds import bounded  # noqa: E402
 from nemo_vopd.cli import fail, run_recipe  # noqa: E402
 from nemo_vopd.config import Config  # noqa: E402
 from nemo_vopd.errors import OptionError, RunError  # noqa: E402
-from nemo_vopd.options import bounded  # noqa: E402
 from nemo_vopd.validation import from_hydra, typed  # noqa: E402
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")

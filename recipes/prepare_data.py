@@ -15,10 +15,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import bounded
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.validation import check_crop, typed

@@ -22,10 +22,10 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
 from nemo_vopd.config import Config, OptimizerConfig
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import bounded
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.synthetic import write_digits
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model

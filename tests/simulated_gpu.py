@@ -338,11 +338,11 @@ def _patch_cuda() -> None:
 
 def activate() -> None:
     """From now on this process has a CUDA device; gloo answers in NCCL's name. There is no way back."""
-    from nemo_vopd.distill import rows
+    from nemo_vopd.distill import logit_passes
     from nemo_vopd.mcore import cpu
 
     assert not torch.cuda.is_available() and not cpu._active
-    rows._kernels = lambda logits: None  # Triton's kernels have a test of their own
+    logit_passes._kernels = lambda logits: None  # Triton's kernels have a test of their own
     torch._dynamo.config.disable = True  # nothing is compiled for a GPU that is not there
     cpu.replace_swiglu()
     _patch_cuda()

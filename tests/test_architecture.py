@@ -54,7 +54,7 @@ def test_megatron_has_few_doors():
     others = MODULES.keys() - below("mcore", "vlm")
     users = {n for n in others if any(used.startswith("megatron.core.") for used in IMPORTS[n] - named)}
     # exceptions and queues of checkpoints, the loss of the warm-up
-    assert users <= {"nemo_vopd.training.saving", "nemo_vopd.training.environment", *below("tools")}
+    assert users <= {"nemo_vopd.training.checkpoint", "nemo_vopd.training.environment", *below("tools")}
 
 
 def test_hydra_stays_at_the_edge():

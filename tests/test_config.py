@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from nemo_vopd.bounds import Bounds, bounded_options, check_bounds
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import Bounds, bounded_options, check_bounds
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.validation import validate

@@ -104,7 +104,7 @@ COPIES = {
     "nemo_vopd/vlm/build.py": "the model",
     "nemo_vopd/vlm/weights/reading.py": "the model",
     "nemo_vopd/batch.py": "a microbatch",
-    "nemo_vopd/mcore/schedule.py": "its patches",
+    "nemo_vopd/mcore/pipeline_passes.py": "its patches",
     "nemo_vopd/vlm/qwen2_5_vl.py": "the windows of its images",
     "nemo_vopd/rollout/native/stage.py": "what is never drawn, once for all prompts of a step",
     "nemo_vopd/rollout/native/batching.py": "new prompts, and which rows there are when some have ended",

@@ -42,7 +42,7 @@ def test_every_option_that_can_be_refused_is_there():
 
 
 def test_the_bounds_of_all_options_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "options.py")
+    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "bounds.py")
     assert spec is not None and spec.loader is not None
     options = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(options)
@@ -50,7 +50,7 @@ def test_the_bounds_of_all_options_are_up_to_date():
 
 
 def test_every_drop_reason_and_every_end_of_a_run_is_there():
-    words = {"vision_token_in_response", "running", *literal("nemo_vopd/views.py", "DROP_REASONS")}
+    words = {"vision_token_in_response", "running", *literal("nemo_vopd/images.py", "DROP_REASONS")}
     words |= set(literal("nemo_vopd/training/stopping.py", "REASONS"))
     assert not {word for word in words if f"`{word}`" not in PAGE}
 

@@ -15,7 +15,7 @@ from nemo_vopd.batch import View
 from nemo_vopd.config import PixelConfig
 from nemo_vopd.data.opening import Parts, check_patches, open_parts, refused_by_name
 from nemo_vopd.hf_directory import refusal
-from nemo_vopd.views import UnusableSample
+from nemo_vopd.images import UnusableSample
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
 _MAX_CACHED_TEMPLATES = 64  # each can be megabytes

@@ -5,7 +5,7 @@ backward: each chunk's logits are projected, turned into the gradient in place, 
 
 With s = log_softmax(z) and the support I, D depends on z through s_I = z_I - logsumexp(z) only. Hence
 dD/dz = scatter(g, I) - sum(g) * softmax(z), where g = dD/ds_I is a [chunk, K] tensor that autograd gives. Over the
-full vocabulary g is written out (`rows.divergence_sums`).
+full vocabulary g is written out (`logit_passes.divergence_sums`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from nemo_vopd.config import DistillConfig
 from nemo_vopd.distill.divergence import close_support, jsd_of_log_probs
 from nemo_vopd.distill.importance import importance_weights
+from nemo_vopd.distill.logit_passes import divergence_gradient_, divergence_sums, normalise, softmax_times_
 from nemo_vopd.distill.products import add_product_, product
-from nemo_vopd.distill.rows import divergence_gradient_, divergence_sums, normalise, softmax_times_
 from nemo_vopd.distill.vocabulary import Vocabulary
 
 _CPU_CHUNK_BYTES = 160 * 2**20

@@ -1,4 +1,4 @@
-"""`rows.py` in Triton: a program for each row of float32 logits, which walks over the vocabulary once.
+"""`logit_passes.py` in Triton: a program for each row of float32 logits, which walks over the vocabulary once.
 
 TRITON_INTERPRET=1 runs the kernels without a GPU (tests/distill/test_kernels.py).
 """
@@ -58,7 +58,7 @@ def _statistics(logits, maximum, total, weighted, width, BLOCK: tl.constexpr):
 
 
 def softmax_times_(logits: Tensor, maximum: Tensor, log_total: Tensor, factor: Tensor) -> Tensor:
-    """See `rows.softmax_times_`."""
+    """See `logit_passes.softmax_times_`."""
     _launch(_softmax_times, logits, maximum, log_total, factor)
     return logits
 
@@ -80,7 +80,7 @@ def divergence_sums(
     student: Tensor, maximum: Tensor, log_total: Tensor,
     teacher: Tensor, teacher_maximum: Tensor, teacher_log_total: Tensor, alpha: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `rows.divergence_sums`."""
+    """See `logit_passes.divergence_sums`."""
     divergence, slope_sum = (student.new_empty(student.size(0)) for _ in range(2))
     arguments = teacher, maximum, log_total, teacher_maximum, teacher_log_total, divergence, slope_sum
     _launch(_divergence_sums, student, *arguments, ALPHA=alpha)
@@ -139,7 +139,7 @@ def divergence_gradient_(
     teacher: Tensor, teacher_maximum: Tensor, teacher_log_total: Tensor,
     alpha: float, slope_sum: Tensor, factor: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See `rows.divergence_gradient_`."""
+    """See `logit_passes.divergence_gradient_`."""
     arguments = teacher, maximum, log_total, teacher_maximum, teacher_log_total, slope_sum, factor
     _launch(_divergence_gradient, student, *arguments, ALPHA=alpha)
     return student

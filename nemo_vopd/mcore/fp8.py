@@ -5,7 +5,8 @@ embedding, attention, vision tower, head and loss stay in bf16 and float32. Only
 largest values of earlier passes. It is kept alike on all data-parallel ranks from step to step, so that a checkpoint
 holds it once and another layout can read it.
 
-Not run on a GPU yet; `tests/test_simulated_te.py` runs it with Transformer Engine 2.18 and replaced kernels.
+It has run on one H100 (docs/benchmarks.md), never on several GPUs; `tests/test_simulated_te.py` runs it with Transformer
+Engine 2.18 and replaced kernels.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def megatron_options(options: FP8Config) -> dict[str, Any]:
 
 
 _MULTIPLE, _BLOCK = 16, 128
-"""What FP8 products divide sizes by, and numbers that share a scale: ranks gather whole blocks only."""
+"""Sizes of FP8 matrices must be multiples of the first. Blocks of the second share one scale, and ranks gather whole
+blocks only."""
 
 
 def token_multiple(megatron: TransformerConfig) -> int:
-    """What a microbatch's tokens divide by: each tensor-parallel rank has its part under sequence parallelism."""
+    """The number of tokens of a microbatch is a multiple of this: each tensor-parallel rank has its part under sequence parallelism."""
     parts = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
     if not megatron.fp8:
         return parts
@@ -147,7 +149,7 @@ def _scaled_modules(stage: Any) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def agree(state: dict[str, Tensor], groups: ProcessGroupCollection) -> None:
+def synchronize_scaling(state: dict[str, Tensor], groups: ProcessGroupCollection) -> None:
     """Between two steps: give all data-parallel ranks the largest values that any of them has seen."""
     if not state or groups.dp_cp.size() == 1:
         return

@@ -1,1 +1,1 @@
-"""Where responses come from: the training model itself, or a file."""
+"""Where responses come from: the training model itself, vLLM servers, or a file."""

@@ -26,7 +26,7 @@ from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel, sharded_state
 from nemo_vopd.mcore.stage import WeightRule
-from nemo_vopd.training.checkpoint import read_manifest, write_manifest
+from nemo_vopd.training.manifest import read_manifest, write_manifest
 from nemo_vopd.vlm.build import build_vlm, check_model, hf_config, shape_of
 from nemo_vopd.vlm.language import LAYER_RULES
 from nemo_vopd.vlm.weights.names import is_frozen, split_fused

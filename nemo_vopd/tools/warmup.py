@@ -24,7 +24,7 @@ from nemo_vopd.data.processor import Processor
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
-from nemo_vopd.mcore.schedule import student_pass
+from nemo_vopd.mcore.pipeline_passes import student_pass
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.vlm.build import build_vlm
 

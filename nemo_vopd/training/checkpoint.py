@@ -1,157 +1,237 @@
-"""The folder of checkpoints: complete or not there, the newest found, the oldest deleted, foreign ones refused.
-
-    checkpoints/step-00000010/   manifest.json, state.pt, and Megatron's torch_dist files
-    checkpoints/last             link to the newest; NeMo's exp_manager resumes from it
-
-A checkpoint is written under a hidden name and renamed when every rank has finished, so any folder named step-* is
-complete, whatever moment a crash chose.
-"""
+"""Saves a run and brings it back: sharded tensors through Megatron, the rest in one small file."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import dataclasses
 import pickle
-import re
 import shutil
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.process_groups_config import ProcessGroupCollection
+from nemo.utils import logging
+from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_vopd.errors import OptionError
+from nemo_vopd.config import Config
+from nemo_vopd.data.dataset import fingerprint
+from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.mcore import cpu, parallel, sharded_state
+from nemo_vopd.mcore.rng import restore_rng, rng_state
+from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.training.environment import versions
+from nemo_vopd.training.manifest import CheckpointFolder, read_manifest, read_state, write_state
+from nemo_vopd.vlm.layout import ModelShape
 
-FORMAT = "nemo_vopd checkpoint 1"
-_NAME = re.compile(r"step-\d{8}")
-_PARTIAL = ".partial-"
+
+class Resumable(Protocol):
+    """What a checkpoint holds of a run, and what is needed to divide it among ranks."""
+
+    student: Stage
+    groups: ProcessGroupCollection
+    shape: ModelShape
+
+    @property
+    def global_step(self) -> int:
+        """Number of steps done."""
+        ...
+
+    def sharded_state(self) -> dict[str, sharded_state.Shards]:
+        """The float32 tensors by kind, live: saving reads them and loading fills them."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything else, in plain values and tensors; collective."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state` and from what was loaded into `sharded_state`."""
+        ...
 
 
-class CheckpointFolder:
-    """Names, completeness and age of the checkpoints of one run. Only rank 0 changes anything."""
+class Checkpointer:
+    """Writes complete checkpoints into `<exp_dir>/checkpoints`, at once or in the background."""
 
-    def __init__(self, path: Path, keep_last: int) -> None:
-        """`keep_last` complete checkpoints stay in `path`."""
-        self.path, self.keep_last = Path(path), keep_last
+    def __init__(self, config: Config) -> None:
+        """See `CheckpointConfig`."""
+        self.config, self.options = config, config.checkpoint
+        self.folder = CheckpointFolder(Path(config.exp_manager["exp_dir"]) / "checkpoints", self.options.keep_last)
+        self.last: Path | None = None
+        """The newest complete checkpoint that this process knows of."""
+        self._background = AsyncCallsQueue()
 
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        if not self.path.is_dir():
-            return []
-        return sorted(p for p in self.path.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file())
+    def due(self, step: int) -> bool:
+        """Whether `checkpoint.every_n_steps` asks for one after `step` steps."""
+        return self.options.every_n_steps > 0 and step % self.options.every_n_steps == 0
 
-    def repair(self) -> None:
-        """Clean up after a crash: remove what is not complete and let `last` point at the newest."""
-        if not self.path.is_dir():
+    def save(self, run: Resumable, *, wait: bool) -> None:
+        """Save `run` as it stands between two steps; all ranks call it. With `wait`, not in the background.
+
+        Raises RunError when it cannot be written; complete checkpoints stay as they are.
+        """
+        self.finish(wait=True)
+        step = run.global_step
+        if self.last is not None and self.last.name == f"step-{step:08d}":
             return
-        for leftover in self.path.iterdir():
-            if leftover.name.startswith(_PARTIAL):
-                shutil.rmtree(leftover, ignore_errors=True)
-        complete = self.complete()
-        link = self.path / "last"
-        if complete:
-            self._point_at(complete[-1])
-        elif link.is_symlink():
-            link.unlink()
+        tensors, state = run.sharded_state(), run.state()
+        states: list = [None] * dist.get_world_size()
+        dist.all_gather_object(states, rng_state())
+        try:
+            self._make_room(tensors)
+            partial = _from_rank_zero(lambda: self.folder.begin())
+            request = sharded_state.save_request(tensors, run.student, run.groups, partial)
+            manifest = _manifest(self.config, run.shape, step)
+            request.add_finalize_fn(lambda: self._commit(partial, manifest, {**state, "rng": states}))
+            if self.options.asynchronous and not wait:
+                self._background.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            self._failed(step, error)
 
-    def set_aside(self) -> Path | None:
-        """Give the checkpoints of an earlier run another folder, which is returned; None if there are none."""
-        if not self.complete():
+    def finish(self, *, wait: bool) -> None:
+        """Complete background saves whose writers are done on every rank; `wait` for them if asked."""
+        try:
+            self._background.maybe_finalize_async_calls(blocking=wait)
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            self._failed(None, error)
+
+    def _commit(self, partial: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+        """The last thing of a save, when every rank's files are on disk."""
+
+        def commit() -> Path:
+            write_state(partial, state)
+            return self.folder.commit(partial, manifest)
+
+        self.last = _from_rank_zero(commit)
+
+    def _make_room(self, tensors: dict[str, sharded_state.Shards]) -> None:
+        """Raise OSError early, and on every rank, where the disk cannot take the checkpoint; older ones go first."""
+        numel = sum(flat.numel() for shards in tensors.values() for flat, _ in shards.values())
+        total = torch.tensor(4.0 * numel, dtype=torch.float64, device=cpu.device())
+        dist.all_reduce(total)  # replicas count twice: a little room to spare
+
+        def check() -> OSError | None:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            while (free := shutil.disk_usage(self.folder.path).free) < float(total):
+                if not self.folder.drop_oldest():
+                    return OSError(f"{float(total) / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free")
             return None
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
-            number += 1
-        os.rename(self.path, aside)
-        return aside
 
-    def begin(self) -> Path:
-        """A new hidden folder to write into; its name is never used twice, so a dead run's writers cannot spoil it."""
-        partial = self.path / f"{_PARTIAL}{uuid.uuid4().hex}"
-        partial.mkdir(parents=True)
-        return partial
+        error = _from_rank_zero(check)
+        if error is not None:
+            raise error
 
-    def commit(self, partial: Path, manifest: dict[str, Any]) -> Path:
-        """Give the finished `partial` its name, point `last` at it, and delete the oldest ones."""
-        write_manifest(partial, manifest)
-        final = self.path / f"step-{manifest['step']:08d}"
-        if final.exists():  # the same step again, after a resume that changed nothing
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync_folder(self.path)
-        self._point_at(final)
-        while len(self.complete()) > self.keep_last:
-            self.drop_oldest()
-        return final
+    def _failed(self, step: int | None, error: BaseException) -> None:
+        if parallel.is_rank_zero():
+            self.folder.repair()  # make room again
+        what = "a background checkpoint" if step is None else f"the checkpoint of step {step}"
+        reason = str(error).strip().splitlines()[-1]
+        kept = f"{self.last} is complete" if self.last else "there is none before it"
+        raise RunError(
+            f"{what} could not be written to {self.folder.path}: {reason}; {kept}; "
+            "free space there or choose another exp_manager.exp_dir, then run the same command again"
+        ) from error
 
-    def drop_oldest(self) -> bool:
-        """Delete the oldest complete checkpoint, but never the only one; False when there is nothing to delete."""
-        complete = self.complete()
-        if len(complete) < 2:
-            return False
-        # out of sight first: a half-deleted checkpoint must not look like one
-        doomed = self.path / f"{_PARTIAL}{complete[0].name}"
-        os.rename(complete[0], doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        return True
+    def restore(self, run: Resumable, path: Path) -> int:
+        """Bring `run` to the state saved in `path`, under any layout; returns the number of steps done.
 
-    def _point_at(self, checkpoint: Path) -> None:
-        temporary = self.path / ".last"
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        temporary.symlink_to(checkpoint.name)
-        os.replace(temporary, self.path / "last")
-
-
-def write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest`, with the format and the size of every file in `partial`, as the last file there."""
-    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    with open(partial / "manifest.json", "w") as file:
-        file.write(json.dumps({"format": FORMAT, **manifest, "files": sizes}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
+        Raises OptionError when that cannot be.
+        """
+        path = path.resolve()
+        manifest = _from_rank_zero(lambda: read_manifest(path))
+        if "state.pt" not in manifest["files"]:
+            rule = "holds weights alone, no run to resume"
+            raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
+        _check_same_run(manifest, self.config, run.shape)
+        state = _in_todays_order(read_state(path), manifest)
+        remedy = "delete it to resume from the one before it"
+        try:
+            sharded_state.check_metadata(path)
+            sharded_state.load(run.sharded_state(), run.student, run.groups, path)
+            run.restore(state)
+        except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
+        if manifest["layout"] == _layout(self.config):
+            restore_rng(state["rng"][dist.get_rank()])
+        else:  # draws depend on seed, prompt and response alone; no generator is used in a step
+            logging.info("resuming in another layout: generators start from the seed")
+        self.last = path
+        return state["step"]
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of `checkpoint`. Raises OptionError when the folder is foreign or files are missing or cut off."""
-    remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
-        sizes = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError("checkpoint", checkpoint, f"is not a checkpoint of this program ({error})", remedy) from None
-    for name, size in sizes.items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            rule = f"{name} is missing" if found is None else f"{name} has {found} bytes of {size}"
-            raise OptionError("checkpoint", checkpoint, f"is damaged: {rule}", remedy)
-    return manifest
+def _from_rank_zero(function):
+    """`function()` of rank 0 on every rank; an exception there is raised everywhere."""
+    box: list = [None]
+    if parallel.is_rank_zero():
+        try:
+            box = [function()]
+        except Exception as error:
+            box = [_Failure(error)]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], _Failure):
+        raise box[0].error
+    return box[0]
 
 
-def write_state(partial: Path, content: dict[str, Any]) -> None:
-    """Everything that is not a sharded tensor, as `state.pt`."""
-    with open(partial / "state.pt", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+@dataclasses.dataclass
+class _Failure:
+    error: Exception
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `write_state` wrote: plain values and tensors, nothing that could run (OptionError otherwise)."""
-    try:
-        return torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        rule = f"state.pt cannot be read ({str(error).splitlines()[0]})"
-        remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
-        raise OptionError("checkpoint", checkpoint, rule, remedy) from None
+def _layout(config: Config) -> dict[str, Any]:
+    division = dataclasses.asdict(config.parallel)
+    del division["timeout_minutes"]
+    return {"world_size": dist.get_world_size(), **division}
 
 
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _manifest(config: Config, shape: ModelShape, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "versions": versions(),
+        "layout": _layout(config),
+        "model": dataclasses.asdict(shape),
+        "data": fingerprint(config.data.path),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _in_todays_order(state: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """`state` with the number of prompts read, which checkpoints of version 0.1 lack.
+
+    Those hold the position of Energon's shuffle buffer, which is no place in an order of whole epochs: the run goes on
+    after as many prompts as it has trained on, so the current epoch may repeat some records and miss others.
+    """
+    if "prompts" in state:
+        return state
+    prompts = state["step"] * manifest["config"]["data"]["batch_size"]
+    logging.warning("the checkpoint is of version 0.1: prompts go on in the new order of whole epochs, at %d", prompts)
+    return {**state, "prompts": prompts, "ahead": []}
+
+
+def _check_same_run(manifest: dict[str, Any], config: Config, shape: ModelShape) -> None:
+    """Raise OptionError where the options contradict what the checkpoint was written with."""
+    anew = "or start anew in another exp_manager.exp_dir"
+    was = manifest["model"]
+    differs = [f"{key} {was.get(key)}" for key, value in dataclasses.asdict(shape).items() if value != was.get(key)]
+    if differs:
+        rule = f"is another model than the checkpoint's, which has {', '.join(differs)}"
+        raise OptionError("model.hf_path", config.model.hf_path, rule, f"give the model of the first run, {anew}")
+    was = manifest["config"]
+    if config.seed != was["seed"]:
+        rule = f"the run to resume has {was['seed']}, and the order of prompts depends on it"
+        raise OptionError("seed", config.seed, rule, f"set seed={was['seed']}, {anew}")
+    if manifest["data"] != fingerprint(config.data.path):
+        rule = "is another data set than that of the run to resume, whose position in it was saved"
+        raise OptionError("data.path", config.data.path, rule, f"give the same one (or a copy), {anew}")
+    frozen = dataclasses.asdict(config.model.freeze)
+    if frozen != was["model"]["freeze"]:
+        rule = f"the run to resume has {was['model']['freeze']}"
+        raise OptionError("model.freeze", frozen, rule, f"freeze the same parts, {anew}")
+    if was["distill"]["teacher"]["kind"] == "current" != config.distill.teacher.kind:
+        rule = "the run to resume saved no teacher weights (kind=current)"
+        raise OptionError("distill.teacher.kind", config.distill.teacher.kind, rule, f"keep kind=current, {anew}")

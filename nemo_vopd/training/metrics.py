@@ -21,9 +21,9 @@ from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
 from nemo_vopd.distill.fused import TokenStats
 from nemo_vopd.distill.importance import mismatch
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import DROP_REASONS
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.rollout.replay import dump, to_record
-from nemo_vopd.views import DROP_REASONS
 
 _NUM_SUMS = 10
 """Number of sums in `step_sums`: loss, tokens, six fields of TokenStats, two of `mismatch`; a maximum follows."""
@@ -123,7 +123,7 @@ class Reporter:
         }
 
     def tell_dropped(self, step: int, metrics: dict, batch: PromptBatch, dropped_responses: list[Rollout]) -> None:
-        """Write what was dropped to dropped.jsonl and say once for each reason that, and which.
+        """Append what was dropped to dropped.jsonl; when a reason occurs for the first time, print it with an example.
 
         Raises OptionError on every rank when too large a share of the records so far could not be used.
         """

@@ -22,9 +22,9 @@ from nemo_vopd.errors import EngineLost, OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
+from nemo_vopd.training.checkpoint import Checkpointer
 from nemo_vopd.training.environment import describe, write_facts
 from nemo_vopd.training.metrics import ProgressBar
-from nemo_vopd.training.saving import Checkpointer
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.training.stopping import RunControl
 from nemo_vopd.vlm.build import check_model, shape_of

@@ -83,7 +83,10 @@ def build_stage(hf: Any, config: Config, groups: ProcessGroupCollection, *, init
 
 
 def freeze(stage: Stage, options: FreezeConfig) -> None:
-    """Take the gradient off the parts that `model.freeze` names. Raises OptionError when a stage has none left."""
+    """Disable the gradients of the parts that `model.freeze` names.
+
+    Raises OptionError when a stage has no parameter left to train.
+    """
     for name, parameter in stage.named_parameters():
         parameter.requires_grad_(not is_frozen(stage.weight_rule(name).names[0], options))
     if not any(parameter.requires_grad for parameter in stage.parameters()):

@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 from nemo_vopd.config import PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import UnusableSample
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.views import UnusableSample
 
 
 def image(width, height, seed=0):

@@ -22,8 +22,8 @@ def close(got, expected) -> None:
 
 
 def compare(sharpness: float) -> None:
-    """Every pass of `rows.py` with the kernels and without them, on the same logits."""
-    from nemo_vopd.distill import kernels, rows
+    """Every pass of `logit_passes.py` with the kernels and without them, on the same logits."""
+    from nemo_vopd.distill import kernels, logit_passes
     from nemo_vopd.distill.vocabulary import Vocabulary
 
     kernels._BLOCK = 256  # several blocks in a row, the last one short
@@ -35,20 +35,20 @@ def compare(sharpness: float) -> None:
 
     def passes() -> list:
         found = []
-        of_student, entropy = rows.normalise(student, vocabulary)
-        of_teacher, _ = rows.normalise(teacher, vocabulary)
+        of_student, entropy = logit_passes.normalise(student, vocabulary)
+        of_teacher, _ = logit_passes.normalise(teacher, vocabulary)
         sound = [0, 2, 3, 4]
         found.append([part[sound] for part in (*of_student, *of_teacher, entropy)])
-        found.append([rows.softmax_times_(student.clone(), of_student, factor)])
+        found.append([logit_passes.softmax_times_(student.clone(), of_student, factor)])
         for alpha in ALPHAS:
-            sums = rows.divergence_sums(student, of_student, teacher, of_teacher, alpha)
+            sums = logit_passes.divergence_sums(student, of_student, teacher, of_teacher, alpha)
             found.append([part[sound] for part in sums])
             arguments = student.clone(), of_student, teacher, of_teacher, alpha, sums[1], factor
-            found.append([rows.divergence_gradient_(*arguments)])
+            found.append([logit_passes.divergence_gradient_(*arguments)])
         return found
 
     expected = passes()
-    rows._kernels = lambda logits: kernels
+    logit_passes._kernels = lambda logits: kernels
     for got, one in zip(passes(), expected, strict=True):
         close(got, one)
         assert all(torch.isfinite(part).all() for part in got)

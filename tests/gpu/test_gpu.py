@@ -17,7 +17,7 @@ import torch
 
 from nemo_vopd.batch import collate
 from nemo_vopd.mcore import fp8, parallel
-from nemo_vopd.mcore.schedule import teacher_pass
+from nemo_vopd.mcore.pipeline_passes import teacher_pass
 from nemo_vopd.vlm.build import build_vlm
 from tests.distributed import ROOT, run_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts

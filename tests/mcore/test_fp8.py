@@ -145,7 +145,7 @@ def share(config):
         f"student.layers.{stage}.mlp.linear_fc1.scale_fwd": torch.tensor([2.0 + rank, 5.0 - rank]),
         f"student.layers.{stage}.mlp.linear_fc1.amax_history_fwd": torch.tensor([[0.0, 1.0], [rank, -rank]]),
     }
-    fp8.agree(state, groups)
+    fp8.synchronize_scaling(state, groups)
     return stage, state, fp8.gather(state, groups)
 
 

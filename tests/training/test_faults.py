@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.training import saving
-from nemo_vopd.training.checkpoint import CheckpointFolder, read_manifest
+from nemo_vopd.training import checkpoint
+from nemo_vopd.training.manifest import CheckpointFolder, read_manifest
 from tests.distributed import HANG, run_distributed, start_distributed
 from tests.helpers import made_up_rollouts, read_lines, tiny_config, write_rollouts
 from tests.training.test_resume import numbers
@@ -94,7 +94,7 @@ def without_room(config):
     """Train on a disk that says it is full."""
 
     usage = shutil.disk_usage(".")
-    saving.shutil.disk_usage = lambda path: usage._replace(free=1000)
+    checkpoint.shutil.disk_usage = lambda path: usage._replace(free=1000)
     return run(config)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.tools.evaluation.answers import read_answers
+from nemo_vopd.tools.evaluation.asking import read_answers
 from nemo_vopd.tools.evaluation.evaluate import evaluate
 from tests.tools.evaluation.published import PUBLISHED
 from tests.tools.evaluation.test_benchmarks import configured

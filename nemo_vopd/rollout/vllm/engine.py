@@ -36,7 +36,7 @@ class VLLMEngine(RolloutEngine):
     """Samples from vLLM servers that hold a copy of the student.
 
     A server must offer its development and token endpoints, as `rollout/vllm/serve.py` does. Its log-probs are those of
-    `rollout.sampling.draw` at temperature 0 and 1. At others vLLM has them only after forbidden tokens are taken out:
+    `rollout.native.sampling.draw` at temperature 0 and 1. At others vLLM has them only after forbidden tokens are taken out:
     they are higher by -log(1 - p), p being the probability of all image and video tokens together, which is next to 0
     in a trained model; and after top_p, so that combination is refused.
     """
@@ -141,7 +141,7 @@ class VLLMEngine(RolloutEngine):
 
 
 def log_probs_mode(params: SamplingParams) -> str:
-    """vLLM's --logprobs-mode whose log-probs are those of `rollout.sampling.draw`. Raises OptionError."""
+    """vLLM's --logprobs-mode whose log-probs are those of `rollout.native.sampling.draw`. Raises OptionError."""
     if params.temperature in (0.0, 1.0):
         return "raw_logprobs"
     if params.top_p < 1:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from nemo_vopd.config import DataConfig
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.http import JSONClient, RequestFailed
-from nemo_vopd.tools.evaluation.answers import Answer, Asked, Model, NotAnswered, complete_lines
+from nemo_vopd.images import UnusableSample
+from nemo_vopd.tools.evaluation.asking import Answer, Asked, Model, NotAnswered, complete_lines
 from nemo_vopd.tools.evaluation.evaluate_options import EndpointConfig, JudgeConfig
 from nemo_vopd.tools.evaluation.extraction import final_answer
-from nemo_vopd.views import UnusableSample
 
 _REFUSES_ONE = (400, 413, 422)
 """A prompt beyond the server's length, an image it cannot take: this question alone."""

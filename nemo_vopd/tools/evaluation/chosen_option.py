@@ -132,7 +132,10 @@ def _plain(text: str, options: dict[str, str]) -> set[str]:
 
 
 def _same_part(text: str, options: dict[str, str]) -> set[str]:
-    """The letters whose text holds the reply, and the reply what sets that text apart ("left" of two sentences)."""
+    """Letters of the options whose text contains the reply, if the reply contains the words that tell it from the others.
+
+    Of two sentences that differ in one word, "left" chooses the one that has it.
+    """
     words = {letter: canonical(option)[0].split() for letter, option in options.items()}
     first = len(commonprefix(list(words.values())))
     last = len(commonprefix([w[first:][::-1] for w in words.values()]))

@@ -19,9 +19,10 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import UnusableSample
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
-from nemo_vopd.tools.evaluation.answers import AnswersFile, Asked, Model, NotAnswered, ask, read_answers
+from nemo_vopd.tools.evaluation.asking import AnswersFile, Asked, Model, NotAnswered, ask, read_answers
 from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark
 from nemo_vopd.tools.evaluation.benchmarks import Benchmark, find_benchmark
 from nemo_vopd.tools.evaluation.chat_server import Endpoint, Judge, served_model
@@ -29,7 +30,6 @@ from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.tools.evaluation.gap import answers, greedy
 from nemo_vopd.tools.evaluation.questions import Question, stored_questions
 from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
-from nemo_vopd.views import UnusableSample
 from nemo_vopd.vlm.build import build_vlm
 
 GAP = Benchmark("gap", "Full and crop view", "", None)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_vopd.bounds import bounded
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import bounded
 
 
 @dataclass

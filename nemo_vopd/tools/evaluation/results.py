@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_vopd.tools.evaluation.answers import Answer
+from nemo_vopd.tools.evaluation.asking import Answer
 from nemo_vopd.tools.evaluation.extraction import extract_yes_no
 from nemo_vopd.tools.evaluation.questions import YES_NO, grade
 

@@ -16,7 +16,7 @@ from nemo_vopd.distill.divergence import generalized_jsd
 from nemo_vopd.distill.products import product
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.mcore.fp8 import token_multiple
-from nemo_vopd.mcore.schedule import teacher_pass
+from nemo_vopd.mcore.pipeline_passes import teacher_pass
 from nemo_vopd.mcore.stage import Stage
 
 NUM_TOP = 5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nemo_vopd.bounds import bounded
 from nemo_vopd.config import Config
-from nemo_vopd.options import bounded
 
 GIB = 2**30
 

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_vopd.data.records import box_in_pixels, check_answers, check_question, question_text, without_hint
+from nemo_vopd.data.record_fields import box_in_pixels, check_answers, check_question, question_text, without_hint
+from nemo_vopd.images import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
 from nemo_vopd.tools.prepare.options import LISTS, PrepareOptions
 from nemo_vopd.tools.prepare.rows import Row, Source, record_id
-from nemo_vopd.views import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
 
 MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
 """Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""

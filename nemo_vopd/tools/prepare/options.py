@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from nemo_vopd.data.records import BOX_FORMATS
+from nemo_vopd.bounds import bounded, check_bounds
+from nemo_vopd.data.record_fields import BOX_FORMATS
 from nemo_vopd.errors import OptionError
-from nemo_vopd.options import bounded, check_bounds
-from nemo_vopd.views import MAX_IMAGE_PIXELS
+from nemo_vopd.images import MAX_IMAGE_PIXELS
 
 LISTS = ("images", "teacher_images", "bbox_images")
 """Columns that hold a list of one image."""

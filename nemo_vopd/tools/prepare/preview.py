@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import UnusableSample, check_box, check_sides, crop_box, load_image, load_with_box
 from nemo_vopd.tools.prepare.intake import Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks
 from nemo_vopd.tools.prepare.sources import open_sources
-from nemo_vopd.views import UnusableSample, check_box, check_sides, crop_box, load_image, load_with_box
 
 _PAPER, _INK, _MUTED, _LINE, _RED = "#faf9f7", "#1c2128", "#59626e", "#d8d5cf", "#dd2d1e"
 _MARGIN, _GAP, _FULL, _CROP, _HEIGHT, _TOP = 28, 16, 400, 290, 290, 84

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nemo_vopd.data.records import check_id
+from nemo_vopd.data.record_fields import check_id
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import UnusableSample
 from nemo_vopd.tools.prepare.options import Columns
-from nemo_vopd.views import UnusableSample
 
 MAX_LINE_BYTES = 16 << 20
 """Longer lines are dropped without being held in memory: a file that is no JSONL can be one line."""

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vopd.errors import RunError
+from nemo_vopd.images import UnusableSample
 from nemo_vopd.tools.prepare.index import sha256
 from nemo_vopd.tools.prepare.intake import Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Row, Source
-from nemo_vopd.views import UnusableSample
 
 _REPORT_SECONDS = 0.2
 _ENDED = "a process that writes shards ended; give the same command again to continue"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nemo_vopd.images import crop_box
 from nemo_vopd.tools.prepare.folders import whole_directory
-from nemo_vopd.views import crop_box
 
 COLOURS = {
     "red": (220, 30, 30),

@@ -14,6 +14,7 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import SampleEncoder, cut_crop, parse_meta
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.images import load_image, load_with_box
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.model import VisionOPDModel
@@ -21,7 +22,6 @@ from nemo_vopd.rollout.native.engine import Decoder
 from nemo_vopd.tools.evaluation.gap import Reply, measure_gap
 from nemo_vopd.tools.evaluation.traces import MAX_TOKENS, ResponseTrace, trace
 from nemo_vopd.tools.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
-from nemo_vopd.views import load_image, load_with_box
 
 NUM_EXAMPLES = 9
 _FILE, _FIRST_REPLIES = "examples.json", "first_replies.json"

@@ -22,14 +22,14 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import parse_meta
 from nemo_vopd.errors import OptionError, RunError
-from nemo_vopd.tools.evaluation.answers import Answer, AnswersFile, read_answers
+from nemo_vopd.images import UnusableSample
+from nemo_vopd.tools.evaluation.asking import Answer, AnswersFile, read_answers
 from nemo_vopd.tools.evaluation.chat_server import read_verdict
 from nemo_vopd.tools.evaluation.evaluate import evaluate, weights_fingerprint
 from nemo_vopd.tools.evaluation.evaluate_options import check
 from nemo_vopd.tools.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.tools.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.tools.prepare.prepare import prepare
-from nemo_vopd.views import UnusableSample
 from tests.distributed import HANG, ROOT, run_recipe
 from tests.helpers import read_lines
 from tests.test_recipes import PYTHON

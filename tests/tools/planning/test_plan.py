@@ -68,7 +68,7 @@ def count(config: Config, world_size: int):
 def measure(config: Config) -> dict:
     """(what the plan's formulas say, what is there) by kind, on this rank."""
     from nemo_vopd.mcore import parallel
-    from nemo_vopd.mcore.schedule import student_pass, teacher_pass
+    from nemo_vopd.mcore.pipeline_passes import student_pass, teacher_pass
     from nemo_vopd.model import VisionOPDModel
     from nemo_vopd.rollout.native.cache import KVCache
     from nemo_vopd.tools.planning.memory import ActivationLaw, kv_cache_bytes, most_alive

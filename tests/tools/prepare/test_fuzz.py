@@ -16,9 +16,9 @@ import pytest
 from nemo_vopd.batch import DroppedSample, Sample
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.loader import build_train_loader
+from nemo_vopd.images import DROP_REASONS
 from nemo_vopd.tools.prepare.index import write_index
 from nemo_vopd.tools.prepare.prepare import prepare
-from nemo_vopd.views import DROP_REASONS
 from tests.tools.prepare.fuzz_cases import (
     ANY,
     GOOD,

@@ -10,8 +10,8 @@ from PIL import Image
 from nemo_vopd.config import DataConfig, PixelConfig
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import DROP_REASONS
 from nemo_vopd.tools.prepare.prepare import prepare
-from nemo_vopd.views import DROP_REASONS
 from tests.distributed import HANG, ROOT
 
 
@@ -92,7 +92,7 @@ def test_bad_records_are_dropped_by_reason(folder, capsys):
         ("malformed_record", {**GOOD, "question": None}),
         ("malformed_record", {**GOOD, "image": 3}),
         ("malformed_record", {**GOOD, "id": {}}),
-        ("malformed_record", {**GOOD, "answer": [1]}),
+        ("malformed_record", {**GOOD, "answer": [{}]}),
         ("malformed_record", {**GOOD, "bbox": [1, 2, 3]}),
         ("malformed_record", {"images": "images/full.png", "problem": "q"}),
         ("malformed_record", {"images": ["images/full.png"] * 2, "problem": "q"}),

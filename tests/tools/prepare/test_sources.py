@@ -17,10 +17,10 @@ from PIL import Image
 from nemo_vopd.config import CropConfig, DataConfig
 from nemo_vopd.data.encoder import cut_crop
 from nemo_vopd.errors import OptionError
+from nemo_vopd.images import load_with_box
 from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.sources import open_sources
-from nemo_vopd.views import load_with_box
 from tests.tools.prepare.test_prepare import stored
 
 NUM = 7

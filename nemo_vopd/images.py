@@ -116,9 +116,9 @@ def crop_box(
     """The evidence-centred crop (x1, y1, x2, y2), whole pixels, inside the image and around the whole box.
 
     `square`: the side is `scale` times the longer side of the box; else each side is `scale` times that of the
-    box. `margin` pixels are added at each edge, and the sides are at least `min_side`. `max_upscale`: the window
-    grows until resizing it up to `min_pixels` pixels makes its sides at most so many times longer; `max_aspect`
-    (not with `square`): its shorter side grows until longer / shorter is at most that. Both as far as the image
+    box. `margin` pixels are added at each edge, and the sides are at least `min_side`. `max_upscale`: the crop
+    grows until scaling it to `min_pixels` pixels lengthens its sides by at most this factor; `max_aspect`
+    (not with `square`): its shorter side grows until longer / shorter is at most this. Both as far as the image
     allows: sides are at most those of the image, and a crop that would leave it is shifted inside.
 
     Raises UnusableSample as `check_box` does.

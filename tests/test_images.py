@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from nemo_vopd.config import CropConfig
-from nemo_vopd.views import (
+from nemo_vopd.images import (
     DROP_REASONS,
     UnusableSample,
     check_box,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
-from nemo_vopd.views import UnusableSample, check_box
+from nemo_vopd.images import UnusableSample, check_box
 
 MAX_QUESTION_CHARACTERS = 1_000_000
 """Longer questions are dropped whatever the model; of shorter ones `data.max_prompt_length` decides, in tokens."""
