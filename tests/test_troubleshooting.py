@@ -42,7 +42,7 @@ def test_every_option_that_can_be_refused_is_there():
 
 
 def test_the_bounds_of_all_options_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "bounds.py")
+    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "options.py")
     assert spec is not None and spec.loader is not None
     options = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(options)

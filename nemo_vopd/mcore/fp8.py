@@ -5,8 +5,8 @@ embedding, attention, vision tower, head and loss stay in bf16 and float32. Only
 largest values of earlier passes. It is kept alike on all data-parallel ranks from step to step, so that a checkpoint
 holds it once and another layout can read it.
 
-It has run on one H100 (docs/benchmarks.md), never on several GPUs; `tests/test_simulated_te.py` runs it with Transformer
-Engine 2.18 and replaced kernels.
+It has run on one H100 (docs/benchmarks.md), never on several GPUs; `tests/test_simulated_te.py` runs it with
+Transformer Engine 2.18 and replaced kernels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ blocks only."""
 
 
 def token_multiple(megatron: TransformerConfig) -> int:
-    """The number of tokens of a microbatch is a multiple of this: each tensor-parallel rank has its part under sequence parallelism."""
+    """The number of tokens of a microbatch is a multiple of this; sequence parallelism divides them over ranks."""
     parts = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
     if not megatron.fp8:
         return parts

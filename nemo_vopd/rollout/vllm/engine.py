@@ -36,9 +36,9 @@ class VLLMEngine(RolloutEngine):
     """Samples from vLLM servers that hold a copy of the student.
 
     A server must offer its development and token endpoints, as `rollout/vllm/serve.py` does. Its log-probs are those of
-    `rollout.native.sampling.draw` at temperature 0 and 1. At others vLLM has them only after forbidden tokens are taken out:
-    they are higher by -log(1 - p), p being the probability of all image and video tokens together, which is next to 0
-    in a trained model; and after top_p, so that combination is refused.
+    `rollout.native.sampling.draw` at temperature 0 and 1. At others vLLM has them only after forbidden tokens are taken
+    out: they are higher by -log(1 - p), p being the probability of all image and video tokens together, which is next
+    to 0 in a trained model; and after top_p, so that combination is refused.
     """
 
     def __init__(

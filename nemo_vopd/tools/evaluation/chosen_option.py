@@ -132,7 +132,7 @@ def _plain(text: str, options: dict[str, str]) -> set[str]:
 
 
 def _same_part(text: str, options: dict[str, str]) -> set[str]:
-    """Letters of the options whose text contains the reply, if the reply contains the words that tell it from the others.
+    """Letters of the options whose text contains the reply, if that tells them from the others.
 
     Of two sentences that differ in one word, "left" chooses the one that has it.
     """
