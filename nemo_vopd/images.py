@@ -28,6 +28,7 @@ DROP_REASONS = (
     "image_too_large",
     "image_too_small",
     "extreme_aspect",
+    "several_images",
     "empty_box",
     "box_outside_image",
     "overlong_prompt",
@@ -38,6 +39,8 @@ MAX_IMAGE_PIXELS = 100_000_000
 """Decoded images beyond this (300 MB as RGB) are dropped: one such file can kill a data worker."""
 MIN_IMAGE_SIDE = 4
 """Images and crops with a shorter side are dropped: enlarged to the model's patches they show one flat colour."""
+MAX_ASPECT = 200
+"""More elongated images and crops are dropped: Qwen's image processor refuses them."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What `load_image` reads (AVIF: where Pillow has it). Pillow knows more, and hands EPS to Ghostscript to execute."""
 _LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
@@ -176,9 +179,11 @@ def draw_box(image: Image.Image, bbox: object, width: int | None = None) -> Imag
 
 
 def check_sides(width: int, height: int) -> None:
-    """Raise UnusableSample (image_too_small) if an image or crop of this size can show nothing."""
+    """Raise UnusableSample (extreme_aspect, image_too_small) if an image or crop of this size cannot be shown."""
     if min(width, height) < MIN_IMAGE_SIDE:
         raise UnusableSample("image_too_small", f"{width}x{height}, sides must be at least {MIN_IMAGE_SIDE} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnusableSample("extreme_aspect", f"{width}x{height}, longer side over shorter side above {MAX_ASPECT}")
 
 
 class ImageFacts(NamedTuple):

@@ -15,12 +15,10 @@ from nemo_vopd.batch import View
 from nemo_vopd.config import PixelConfig
 from nemo_vopd.data.opening import Parts, check_patches, open_parts, refused_by_name
 from nemo_vopd.hf_directory import refusal
-from nemo_vopd.images import UnusableSample
+from nemo_vopd.images import UnusableSample, check_sides
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
 _MAX_CACHED_TEMPLATES = 64  # each can be megabytes
-_MAX_ASPECT = 200
-"""Qwen's smart resize refuses images more elongated than this."""
 PROBE_SECONDS = 10.0
 """Time limit for the first prompt and the first image; they take milliseconds."""
 _PROBE_QUESTION = "What is it?"
@@ -103,9 +101,7 @@ class Processor:
 
     def patches(self, image: Image.Image, limits: PixelConfig) -> tuple[Tensor, Tensor]:
         """([N, C * temporal_patch * patch * patch] float32, [1, 3] int64) of one RGB image. Raises UnusableSample."""
-        width, height = image.size
-        if max(width, height) > _MAX_ASPECT * min(width, height):
-            raise UnusableSample("extreme_aspect", f"{width}x{height}")
+        check_sides(*image.size)
         size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
         output = self.image_processor(images=[image], size=size, return_tensors="np")
         return torch.from_numpy(np.ascontiguousarray(output["pixel_values"])), torch.from_numpy(

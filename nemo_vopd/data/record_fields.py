@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from dataclasses import dataclass, field
 
 from nemo_vopd.images import UnusableSample, check_box
 
@@ -71,21 +72,76 @@ def box_in_pixels(bbox: object, box_format: str, image_size: tuple[int, int]) ->
     return bbox
 
 
-def question_text(value: object, column: str) -> object:
-    """The text of a question as a layout stores it in `column`: itself, or the last user message of a conversation.
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_IMAGE_MARKS = ("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
 
-    What is no text is returned as it is, for `check_question` to refuse.
+
+@dataclass
+class Conversation:
+    """What a record asks: a text, or the first question of a conversation and its answer."""
+
+    question: object
+    """A text; what is none stays as it is, for `check_question` to refuse."""
+    answer: object = None
+    images: list = field(default_factory=list)
+    """What messages name as images between their texts (`{"type": "image", "image": ...}`)."""
+    num_questions: int = 1
+
+
+def read_conversation(value: object, column: str) -> Conversation:
+    """The question in `column`: a text, or turns (`role` and `content`, or `from` and `value` as in LLaVA).
+
+    Of several questions the first is taken, which needs no earlier turn. Marks of the image's place are taken out, as
+    the chat template decides it: at the ends of a `question`, which may ask about such a mark, else everywhere.
     """
-    if isinstance(value, list):
-        turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
-        value = turns[-1].get("content") if turns else None
-        if isinstance(value, list):
-            parts = [part.get("text") for part in value if isinstance(part, dict)]
-            value = "".join(part for part in parts if isinstance(part, str))
-    if isinstance(value, str) and column != "question":
-        # these layouts mark the place of the image in the text; here the chat template decides it
-        value = value.replace("<image>\n", "").replace("<image>", "")
-    return value
+    everywhere = column.rsplit(".", 1)[-1] != "question"
+    if not isinstance(value, list):
+        return Conversation(_without_marks(value, everywhere))
+    told: dict[str, list] = {"user": [], "assistant": []}
+    for turn in value:
+        role = _ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
+        if role == "user" or (role and len(told["user"]) == 1):
+            told[role].append(turn.get("content", turn.get("value")))
+    if not told["user"]:
+        return Conversation(None)
+    question, images = _parts(told["user"][0])
+    answer = _parts(told["assistant"][0])[0] if told["assistant"] else None
+    return Conversation(_without_marks(question, everywhere), answer, images, len(told["user"]))
+
+
+def _parts(content: object) -> tuple[object, list]:
+    """(text, images) of the content of one turn: a text, or a list of typed parts."""
+    if not isinstance(content, list):
+        return content, []
+    parts = [part for part in content if isinstance(part, dict)]
+    text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    images = [part.get(name) for part in parts for name in ("image", "image_url", "url", "path") if part.get(name)]
+    return text, images
+
+
+def _without_marks(text: object, everywhere: bool) -> object:
+    if isinstance(text, str):
+        for mark in _IMAGE_MARKS:
+            if everywhere:
+                text = text.replace(f"{mark}\n", "").replace(f"\n{mark}", "").replace(mark, "")
+            elif text.strip().startswith(mark):
+                text = text.strip().removeprefix(mark).lstrip()
+            elif text.strip().endswith(mark):
+                text = text.strip().removesuffix(mark).rstrip()
+    return text
+
+
+def evidence_box(value: object, box_format: str, image_size: tuple[int, int]) -> tuple[object, int]:
+    """(box in pixels, number of boxes): of a list of boxes the smallest one around them all.
+
+    Raises UnusableSample as `box_in_pixels` does.
+    """
+    several = isinstance(value, list | tuple) and value and all(isinstance(one, list | tuple) for one in value)
+    boxes = [box_in_pixels(one, box_format, image_size) for one in (value if several else [value])]  # type: ignore[union-attr]
+    if len(boxes) == 1:
+        return boxes[0], 1
+    x1, y1, x2, y2 = zip(*boxes, strict=True)  # type: ignore[misc]
+    return [min(x1), min(y1), max(x2), max(y2)], len(boxes)
 
 
 def without_hint(question: str, hint: str) -> str:

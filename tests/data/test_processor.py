@@ -95,7 +95,7 @@ def test_unusable_prompts(processor):
     cases = {
         "empty_question": (image(56, 56), "  \n"),
         "malformed_record": (image(56, 56), "what <|image_pad|> is this?"),
-        "extreme_aspect": (image(402, 2), "what digit is red?"),
+        "extreme_aspect": (image(1000, 4), "what digit is red?"),
     }
     for reason, (picture, question) in cases.items():
         with pytest.raises(UnusableSample) as caught:

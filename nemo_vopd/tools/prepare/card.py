@@ -16,10 +16,12 @@ from nemo_vopd.tools.report.parts import Cell, Counts, Facts, Table
 
 _MEGAPIXEL_EDGES = (0, 0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 16, 32, 100)
 _AREA_EDGES = (0, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+_PARTS = ("answer", "box", "crop", "hint")
 _WORDS = {
     "malformed_record": "not of the form that is expected",
     "duplicate_id": "an earlier record has the same id",
     "missing_crop": "no crop image, or neither box nor crop",
+    "several_images": "a question about several images",
     "path_outside_folder": "its image lies outside the folder of the source",
 }
 
@@ -45,9 +47,7 @@ def write_card(
         "shards": sum(len(entries) for entries in whole.shards.values()),
         "splits": whole.splits(),
         "parts": parts,
-        **{f"with_{name}": count for name, count in whole.having.items()},
-        "rotated": whole.rotated,
-        "flat": whole.flat,
+        **{f"with_{name}" if name in _PARTS else name: count for name, count in whole.having.items()},
         "image_megapixels": _binned(whole.megapixels, _MEGAPIXEL_EDGES),
         "relative_box_area": _binned(whole.relative_area, _AREA_EDGES),
         "crop": crop,
@@ -109,6 +109,10 @@ def _contents(card: dict) -> Table:
         f"whose question carries the red-box hint{hint}": card["with_hint"],
         "whose image is turned by EXIF": card["rotated"],
         "whose image has one colour": card["flat"],
+        "whose box reaches beyond the image": card["leaving"],
+        "whose crop is enlarged more than twice": card["upscaled"],
+        "with several boxes, taken together": card["several_boxes"],
+        "with several questions, of which the first is taken": card["several_questions"],
     }
     rows = [[words, f"{count:,}", format_area(count / card["kept"])] for words, count in counts.items()]
     return Table(["", "records", "share"], rows)

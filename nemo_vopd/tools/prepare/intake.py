@@ -6,12 +6,49 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nemo_vopd.data.record_fields import box_in_pixels, check_answers, check_question, question_text, without_hint
-from nemo_vopd.images import MAX_IMAGE_PIXELS, ImageFacts, UnusableSample, check_box, check_image, turn_box_back
+from nemo_vopd.data.record_fields import (
+    Conversation,
+    check_answers,
+    check_question,
+    evidence_box,
+    read_conversation,
+    without_hint,
+)
+from nemo_vopd.images import (
+    MAX_ASPECT,
+    MAX_IMAGE_PIXELS,
+    ImageFacts,
+    UnusableSample,
+    check_box,
+    check_image,
+    crop_box,
+    turn_box,
+    turn_box_back,
+)
 from nemo_vopd.tools.prepare.options import LISTS, PrepareOptions
 from nemo_vopd.tools.prepare.rows import Row, Source, record_id
 
+TRAITS = (
+    "answer",
+    "box",
+    "crop",
+    "hint",  # the question carries the hint
+    "rotated",  # the image is turned or mirrored by EXIF
+    "flat",  # the image has one colour
+    "several_questions",  # the conversation asks more than once
+    "several_boxes",
+    "leaving",  # the box reaches beyond the image
+    "fraction",  # no coordinate is above 1
+    "large",  # a box in an image with a side above 1500 pixels
+    "large_thousandths",  # ... of which no coordinate is above 1000
+    "upscaled",  # the crop is enlarged more than twice
+    "extreme_crop",  # the crop is too elongated for an image processor
+)
+"""What records are counted under."""
+_LARGE, _UPSCALED = 1500, 2.0
+_TURNS = ("messages", "conversations")
 MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
 """Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
 
@@ -31,8 +68,8 @@ class Prepared:
     facts: ImageFacts
     split: str
     """train | validation"""
-    hinted: bool
-    """Whether the question carried the hint."""
+    traits: set[str]
+    """What it is counted under: see `TRAITS`."""
 
     def relative_area(self) -> float | None:
         """Area of the box inside the image, over that of the image."""
@@ -42,41 +79,108 @@ class Prepared:
         return (x2 - x1) * (y2 - y1) / math.prod(self.facts.size)
 
 
-def read_record(row: Row, source: Source, options: PrepareOptions, prefix: str = "") -> Prepared:
-    """The checked record of `row`; its id begins with `prefix`. Raises UnusableSample."""
+def read_record(
+    row: Row, source: Source, options: PrepareOptions, prefix: str = "", crop_policy: dict[str, Any] | None = None
+) -> Prepared:
+    """The checked record of `row`; its id begins with `prefix`. Raises UnusableSample.
+
+    `crop_policy` are the options of `crop_box` by which its crop is judged; without them it is not.
+    """
     values, columns = row.values, options.columns
     if isinstance(values, UnusableSample):
         raise values
-    question_column, question = columns.find("question", values)
-    question = check_question(question_text(question, question_column))
+    asked = _conversation(values, options)
+    question = check_question(asked.question)
     hinted = options.hint_text in question
     if hinted and options.hint == "remove":
         question = check_question(without_hint(question, options.hint_text))
     sample_id = record_id(row, source, columns)
-    answers = check_answers(columns.find("answer", values)[1])
+    answers = check_answers(columns.find("answer", values)[1]) or check_answers(asked.answer)
     image_column, value = columns.find("image", values)
+    if not image_column and asked.images:
+        image_column, value = "images", asked.images
     if value is None and image_column not in LISTS:
         raise UnusableSample("missing_image", "no image is named")
     image = _image(value, image_column, source, "missing_image")
     crop_column, value = columns.find("crop_image", values)
     crop = None if value is None else _image(value, crop_column, source, "missing_crop")
-    bbox = columns.find("bbox", values)[1]
-    if bbox is None and crop is None:
+    given, num_boxes = columns.find("bbox", values)[1], 0
+    if given is None and crop is None:
         raise UnusableSample("missing_crop", "neither bbox nor crop image")
     # decoded in full: a truncated file is found now, not in the middle of a run
     facts = check_image(image, options.max_image_pixels)
-    if bbox is not None and options.bbox_frame == "upright":
-        bbox = box_in_pixels(bbox, options.bbox_format, facts.upright_size)
-        bbox = turn_box_back(bbox, facts.orientation, facts.size)
-    elif bbox is not None:
-        bbox = box_in_pixels(bbox, options.bbox_format, facts.size)
-    if crop is not None:
-        check_image(crop, options.max_image_pixels)
+    size = facts.upright_size if options.bbox_frame == "upright" else facts.size
+    bbox = shown = None
+    if given is not None:
+        bbox, num_boxes = evidence_box(given, _box_format(values, options), size)
+        shown = bbox if options.bbox_frame == "upright" else turn_box(bbox, facts.orientation, facts.size)
+        bbox = turn_box_back(shown, facts.orientation, facts.size)
+    crop_size = None if crop is None else check_image(crop, options.max_image_pixels).size
+    traits = {
+        "answer": bool(answers),
+        "crop": crop is not None,
+        "hint": hinted,
+        "rotated": facts.orientation != 1,
+        "flat": facts.flat,
+        "several_questions": asked.num_questions > 1,
+        "several_boxes": num_boxes > 1,
+    }
+    if bbox is not None:
+        traits |= _of_box(given, bbox, facts.size)
+    if crop_policy is not None and (crop_size is not None or shown is not None):
+        traits |= _of_crop(shown, facts.upright_size, crop_size, crop_policy)
     has_id = bool(columns.find("id", values)[0])
     # a default id counts records, and would move those behind a new one to the other side
     key = sample_id.encode() if options.split_by == "id" and has_id else image
     split = side(key, options.validation_fraction)
-    return Prepared(prefix + sample_id, question, image, crop, bbox, answers, facts, split, hinted)  # type: ignore[arg-type]
+    named = {name for name, holds in traits.items() if holds}
+    return Prepared(prefix + sample_id, question, image, crop, bbox, answers, facts, split, named)  # type: ignore[arg-type]
+
+
+def _conversation(values: dict, options: PrepareOptions) -> Conversation:
+    column, value = options.columns.find("question", values)
+    asked = read_conversation(value, column)
+    if column == "instruction" and isinstance(more := values.get("input"), str) and more.strip():
+        asked.question = f"{asked.question}\n{more}"  # as LLaMA-Factory joins them
+    if not asked.answer and (turns := next((values[name] for name in _TURNS if name in values), None)) is not value:
+        asked.answer = read_conversation(turns, "").answer
+    return asked
+
+
+def _box_format(values: dict, options: PrepareOptions) -> str:
+    """The format of the box; ms-swift's records say themselves that boxes are fractions."""
+    objects = values.get("objects")
+    if isinstance(objects, dict) and objects.get("bbox_type") == "norm1" and "bbox" in objects:
+        return "xyxy_unit"
+    return options.bbox_format
+
+
+def _of_box(given: object, bbox: object, size: tuple[int, int]) -> dict[str, bool]:
+    """The traits of a box: as it is `given`, and in pixels of the stored image of `size`."""
+    (x1, y1, x2, y2), (width, height) = bbox, size  # type: ignore[misc]
+    largest = max(max(one) if isinstance(one, list | tuple) else one for one in given)  # type: ignore[attr-defined]
+    large = max(size) > _LARGE
+    return {
+        "box": True,
+        "leaving": x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1,  # a pixel is rounding
+        "fraction": largest <= 1,
+        "large": large,
+        "large_thousandths": large and largest <= 1000,
+    }
+
+
+def _of_crop(
+    bbox: object, image_size: tuple[int, int], crop_size: tuple[int, int] | None, policy: dict[str, Any]
+) -> dict[str, bool]:
+    """The traits of a crop: one that is given, with its size, else the one around `bbox` by `policy`."""
+    if crop_size is None:
+        left, top, right, bottom = crop_box(bbox, image_size, **policy)
+        crop_size = right - left, bottom - top
+    width, height = crop_size
+    return {
+        "upscaled": math.sqrt(policy.get("min_pixels", 0) / (width * height)) > _UPSCALED,
+        "extreme_crop": max(width, height) > MAX_ASPECT * min(width, height),
+    }
 
 
 def side(key: bytes, validation_fraction: float) -> str:
@@ -92,13 +196,12 @@ def _image(value: object, column: str, source: Source, missing: str) -> bytes:
         if not isinstance(value, list):
             raise UnusableSample("malformed_record", "images must be a list")
         if len(value) != 1:
-            reason = "malformed_record" if value else missing
-            raise UnusableSample(reason, f"{len(value)} images in place of one")
+            raise UnusableSample("several_images" if value else missing, f"{len(value)} images in place of one")
         value = value[0]
     if listed or source.tabular:
         if isinstance(value, dict):
             content = value.get("bytes")
-            value = content if isinstance(content, bytes) else value.get("path", value.get("image"))
+            value = content if isinstance(content, bytes) else value.get("path", value.get("image", value.get("url")))
         if value is None:
             raise UnusableSample(missing, "an image without a path")
     if isinstance(value, bytes):

@@ -15,11 +15,15 @@ LISTS = ("images", "teacher_images", "bbox_images")
 _KNOWN = {
     "image": ("images", "image"),
     "crop_image": ("teacher_images", "bbox_images", "crop_image"),
-    "question": ("question", "problem", "query", "prompt"),
-    "bbox": ("bbox", "box"),
-    "answer": ("answer", "solution", "response", "reward_model.ground_truth", "extra_info.answer"),
+    "question": ("question", "problem", "query", "prompt", "messages", "conversations", "instruction"),
+    "bbox": ("bbox", "box", "bboxes", "bboxs", "objects.bbox"),
+    "answer": ("answer", "answers", "solution", "response", "reward_model.ground_truth", "extra_info.answer", "output"),
     "id": ("id", "sample_id", "uid"),
 }
+CONVERSATIONS = {"prompt", "messages", "conversations"}
+"""Columns that hold turns."""
+_BESIDE = {"question": {"input"}, "bbox": {"objects"}, "answer": CONVERSATIONS, "image": CONVERSATIONS}
+"""Columns that are read together with those of a field."""
 HINT = "Only focus on the objects inside the red bounding box in the image to answer this question."
 """What questions written for images with a drawn box carry."""
 
@@ -69,15 +73,18 @@ class Columns:
                 rule = f"is no column of {source}, which has {there}"
                 raise OptionError(f"columns.{wanted}", given, rule, "name one of those, or null for the known names")
         for needed in (("image",), ("question",), ("bbox", "crop_image")):
-            if not self.top_level(*needed) & set(present):
+            # messages may name their images themselves
+            wanted = self.top_level(*needed) | (CONVERSATIONS if needed == ("image",) else set())
+            if not wanted & set(present):
                 names = ", ".join(name for field in needed for name in _KNOWN[field])
                 rule = f"{source} has none of the columns {names}; it has {there}"
                 remedy = f"say which one it is: {' or '.join(f'columns.{field}=NAME' for field in needed)}"
                 raise OptionError(f"columns.{needed[0]}", "null", rule, remedy)
 
     def top_level(self, *wanted: str) -> set[str]:
-        """The columns that can hold the fields `wanted` (default: all)."""
-        return {name.split(".")[0] for field in wanted or _KNOWN for name in self._names(field)}
+        """The columns that can hold the fields `wanted` (default: all, and what is read beside them)."""
+        names = {name.split(".")[0] for field in wanted or _KNOWN for name in self._names(field)}
+        return names if wanted else names.union(*_BESIDE.values())
 
     def _names(self, field: str) -> tuple[str, ...]:
         given = getattr(self, field)

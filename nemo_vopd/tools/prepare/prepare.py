@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_vopd.data.blend import write_blend
+from nemo_vopd.data.record_fields import BOX_FORMATS
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.tools.prepare.card import write_card
 from nemo_vopd.tools.prepare.folders import partial_folder
@@ -28,6 +29,16 @@ from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks
 from nemo_vopd.tools.prepare.shards import ShardJob, Statistics, total, write_chunks
 from nemo_vopd.tools.prepare.sources import open_sources
+
+DROPPED = "dropped.jsonl"
+_ENOUGH = 20
+_ODD = {
+    "flat": "images have one colour: --preview shows some records",
+    "several_questions": "conversations ask more than once: the first question is taken, and its answer",
+    "several_boxes": "records have several boxes: the evidence is the smallest box around all of them",
+    "upscaled": "crops are enlarged more than twice: (data.)crop.max_upscale=2 widens them, here and in training",
+    "extreme_crop": "crops are too elongated to be used: (data.)crop.max_aspect=4 widens them, here and in training",
+}
 
 
 @dataclass
@@ -62,9 +73,9 @@ def prepare(
 
     Unusable records are dropped. `options` are the fields of `PrepareOptions`; `workers` are processes or, where there
     is one shard, threads. With validation_fraction `output` holds two data sets, train and validation; several sources
-    become data sets of their own and `blend.yaml`, which mixes them by `weights` (default: their sizes). `crop` is for
-    the data card only. What was interrupted continues when the same arguments are given again, and ends in the same
-    bytes.
+    become data sets of their own and `blend.yaml`, which mixes them by `weights` (default: their sizes). `crop` are the
+    options of `crop_box`, by which crops are judged for the data card. What was interrupted continues when the same
+    arguments are given again, and ends in the same bytes.
 
     Returns {"kept": int, "dropped": {reason: count}} and prints it. Raises OptionError when `source` is missing,
     `output` exists (unless `overwrite`), an option is out of range, or nothing is left; RunError when writing fails.
@@ -78,21 +89,23 @@ def prepare(
         raise OptionError("output", output, "exists and is no prepared data set", "choose another directory")
     sources = open_sources(paths, chosen.split, chosen.image_root)
     parts = [_Part(*named) for named in zip(sources, _names(paths), strict=True)]
-    depends_on = _depends_on(sources, chosen)
+    depends_on = _depends_on(sources, chosen, crop)
     with partial_folder(output, depends_on, discard=overwrite) as folder:
         if output.exists() and not overwrite:
             raise OptionError("output", output, "was made by another process meanwhile", "use that one")
         try:
             for part in parts:
                 chunks = plan_chunks(part.source, chosen.shard_size, chosen.columns, progress)
-                part.jobs = _jobs(part, chunks, chosen, folder)
+                part.jobs = _jobs(part, chunks, chosen, crop, folder)
             _write([job for part in parts for job in part.jobs], workers, progress)
             for part in parts:
                 part.statistics = total(Statistics(**json.loads(job.note.read_bytes())) for job in part.jobs)
                 _check_kept(part, chosen)
             data_sets = _write_indexes(parts, chosen, folder / "result", progress)
             whole = total(part.statistics for part in parts)
-            told = {name: value for name, value in depends_on.items() if name not in ("source", "files", "weights")}
+            _write_dropped([job for part in parts for job in part.jobs], folder / "result")
+            hidden = ("source", "files", "weights", "crop")
+            told = {name: value for name, value in depends_on.items() if name not in hidden}
             summaries = [part.summary() for part in parts]
             write_card(folder / "result", whole, summaries, data_sets, told, crop or {})
             if output.exists():  # it goes away with the folder
@@ -122,15 +135,18 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _depends_on(sources: Sequence[Source], options: PrepareOptions) -> dict[str, Any]:
+def _depends_on(sources: Sequence[Source], options: PrepareOptions, crop: dict | None) -> dict[str, Any]:
     """Everything that the output depends on, as JSON values."""
     files = [file for source in sources for file in source.files]
     state = [(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     all_of_it = {"source": [source.path for source in sources], "files": state, **dataclasses.asdict(options)}
+    all_of_it["crop"] = crop
     return json.loads(json.dumps(all_of_it, default=str))
 
 
-def _jobs(part: _Part, chunks: Sequence[Chunk], options: PrepareOptions, folder: Path) -> list[ShardJob]:
+def _jobs(
+    part: _Part, chunks: Sequence[Chunk], options: PrepareOptions, crop: dict | None, folder: Path
+) -> list[ShardJob]:
     """A job for each chunk; the folders that they write to are made, below the unfinished preparation `folder`."""
     targets = {split: folder / "result" / part.name / name for split, name in options.splits().items()}
     notes, scratch = folder / "notes" / (part.name or "all"), folder / "scratch"
@@ -138,7 +154,7 @@ def _jobs(part: _Part, chunks: Sequence[Chunk], options: PrepareOptions, folder:
     for path in [*targets.values(), notes, scratch]:
         path.mkdir(parents=True, exist_ok=True)
     prefix = f"{part.name}/" if part.name else ""
-    return [ShardJob(part.source, chunk, options, prefix, targets, notes, scratch) for chunk in chunks]
+    return [ShardJob(part.source, chunk, options, prefix, targets, notes, scratch, crop) for chunk in chunks]
 
 
 def _write(jobs: Sequence[ShardJob], workers: int, progress: bool) -> None:
@@ -152,6 +168,15 @@ def _write(jobs: Sequence[ShardJob], workers: int, progress: bool) -> None:
         threading.Thread(target=load_energon, daemon=True).start()
     with tqdm(total=num_records, initial=done, unit="record", desc="prepare", disable=not progress or not left) as bar:
         write_chunks(left, workers, bar.update)
+
+
+def _write_dropped(jobs: Sequence[ShardJob], result: Path) -> None:
+    """Write dropped.jsonl, a line for each dropped record with its place and reason; no file where there is none."""
+    if not any(job.dropped.stat().st_size for job in jobs):
+        return
+    with (result / DROPPED).open("wb") as file:
+        for job in jobs:
+            file.write(job.dropped.read_bytes())
 
 
 def _check_kept(part: _Part, options: PrepareOptions) -> None:
@@ -198,10 +223,35 @@ def _report(parts: Sequence[_Part], whole: Statistics, options: PrepareOptions, 
     if whole.having["hint"]:
         what = "kept; hint=remove takes it out" if options.hint == "keep" else "taken out; hint=keep leaves it"
         print(f'  {whole.having["hint"]} questions carry the hint "{options.hint_text}" ({what})')
-    if whole.rotated:
+    for line in _advice(whole, options):
+        print(f"  {line}")
+    if whole.dropped:
+        print(f"  {output / DROPPED} lists every record that was dropped")
+
+
+def _advice(whole: Statistics, options: PrepareOptions) -> Iterator[str]:
+    """What looks odd, how often, and the option that mends it."""
+    having, boxes = whole.having, whole.having["box"]
+    if having["rotated"]:
         other, frame = ("stored", "upright image") if options.bbox_frame == "upright" else ("upright", "stored pixels")
-        print(f"  {whole.rotated} images are turned by EXIF; boxes are taken in the {frame} (else bbox_frame={other})")
-    if whole.flat:
-        print(f"  {whole.flat} images have one colour: --preview shows some records")
-    if whole.having["box"] and whole.largest_coordinate <= 1 and options.bbox_format == "xyxy":
-        print("  every box lies within the first pixel: if they are fractions, set bbox_format=xyxy_unit")
+        yield (
+            f"{having['rotated']} images are turned by EXIF; boxes are taken in the {frame} (else bbox_frame={other})"
+        )
+    for trait, what in _ODD.items():
+        if having[trait]:
+            yield f"{having[trait]} {what}"
+    outside = having["leaving"] + whole.dropped["box_outside_image"] + whole.dropped["empty_box"]
+    if outside:
+        others = " or ".join(name for name in BOX_FORMATS if name != options.bbox_format)
+        yield (
+            f"{outside} of {boxes + outside - having['leaving']} boxes reach beyond their image or have no area: "
+            f"they are read as bbox_format={options.bbox_format}; look at --preview, and else set {others}"
+        )
+    if options.bbox_format != "xyxy_unit" and 2 * having["fraction"] > boxes:
+        yield f"{having['fraction']} of {boxes} boxes have no number above 1: for fractions set bbox_format=xyxy_unit"
+    large, small = having["large"], having["large_thousandths"]
+    if options.bbox_format in ("xyxy", "xywh") and large >= _ENOUGH and small >= 0.95 * large:
+        yield (
+            f"{small} of {large} boxes in images with a side above 1500 pixels have no number above 1000: for "
+            "thousandths set bbox_format=xyxy_1000"
+        )

@@ -5,8 +5,10 @@ Images stay the bytes that they are in the file: nothing decodes them on the way
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _MAX_COLUMNS = 1000
 _PARQUET_BATCH = 8
 """Number of rows decoded together: with images of megabytes in them, a batch must stay small."""
 _READ_BYTES = 1 << 20
+_BETWEEN = re.compile(r"[\ufeff\[, \t\r\n]*")
+"""What stands before and between the records of a list."""
 
 
 class Row(NamedTuple):
@@ -99,7 +103,8 @@ class Source:
         Raises OptionError when a table is damaged.
         """
         if not self.tabular:
-            yield from _json_lines(self.files[0], offset, number)
+            read = _json_list if _holds_list(self.files[0]) else _json_lines
+            yield from read(self.files[0], offset, number)
             return
         first = 0
         for file, (num_rows, schema) in zip(self.files, self._headers, strict=True):
@@ -133,6 +138,43 @@ def _json_lines(path: Path, offset: int, number: int) -> Iterator[Row]:
             if line.strip() or len(line) > MAX_LINE_BYTES:
                 yield Row(start, number, _parse(line))
             number += 1
+
+
+def _holds_list(path: Path) -> bool:
+    """Whether a JSON file is one list of records, as LLaVA and LLaMA-Factory write it, and not a record a line."""
+    with open(path, "rb") as file:
+        return re.match(rb"\s*\[\s*\{", file.read(_READ_BYTES).removeprefix(codecs.BOM_UTF8)) is not None
+
+
+def _json_list(path: Path, offset: int, number: int) -> Iterator[Row]:
+    """The records of a file that is one list, read piece by piece. Raises OptionError where it is no JSON."""
+    scan = json.JSONDecoder().raw_decode
+    text, place, at_end = "", 0, False
+    with open(path, "rb") as file:
+        file.seek(offset)
+        decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        while True:
+            start = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+            offset += len(text[place:start].encode("utf-8", "surrogateescape"))
+            place, reason = start, "the list does not end"
+            if text.startswith("]", place):
+                return
+            try:
+                record, end = scan(text, place)
+            except (ValueError, RecursionError) as error:
+                reason, end = str(error), len(text)
+            if end < len(text):  # what reaches the end of a piece may go on
+                usable = isinstance(record, dict)
+                yield Row(offset, number, record if usable else UnusableSample("malformed_record", "not a JSON object"))
+                offset += len(text[place:end].encode("utf-8", "surrogateescape"))
+                place, number = end, number + 1
+            elif at_end or len(text) - place > MAX_LINE_BYTES:
+                rule = f"is no list of JSON records (record {number}, byte {offset}: {reason})"
+                raise OptionError("source", path, rule, "mend the file, or write one record a line")
+            else:
+                piece = file.read(_READ_BYTES)
+                at_end = not piece
+                text, place = text[place:] + decode(piece, at_end), 0
 
 
 def _parse(line: bytes) -> dict | UnusableSample:

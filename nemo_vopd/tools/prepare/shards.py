@@ -30,7 +30,7 @@ from typing import Any
 from nemo_vopd.errors import RunError
 from nemo_vopd.images import UnusableSample
 from nemo_vopd.tools.prepare.index import sha256
-from nemo_vopd.tools.prepare.intake import Prepared, read_record
+from nemo_vopd.tools.prepare.intake import TRAITS, Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Row, Source
 
@@ -55,11 +55,18 @@ class ShardJob:
     """Folder of the notes."""
     scratch: Path
     """Where files lie until they are whole: on the same file system."""
+    crop: dict[str, Any] | None = None
+    """Options of `crop_box` by which crops are judged."""
 
     @property
     def note(self) -> Path:
         """The note of the chunk; where it is, the chunk is done."""
         return self.notes / f"{self.chunk.index:06d}.json"
+
+    @property
+    def dropped(self) -> Path:
+        """A line for each record of the chunk that is dropped, in order."""
+        return self.notes / f"{self.chunk.index:06d}.dropped.jsonl"
 
     def is_done(self) -> bool:
         """Whether the note is there, and the shards it names with their sizes."""
@@ -79,16 +86,10 @@ class Statistics:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """Reason -> the first record that was dropped for it."""
-    having: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("answer", "box", "crop", "hint"), 0))
-    """Number of records with each of these."""
-    rotated: int = 0
-    """Number of images whose EXIF part turns or mirrors them."""
-    flat: int = 0
-    """Number of images of one colour."""
+    having: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAITS, 0))
+    """Number of records with each trait."""
     megapixels: array[float] = field(default_factory=lambda: array("d"))
     relative_area: array[float] = field(default_factory=lambda: array("d"))
-    largest_coordinate: float = 0.0
-    """Largest coordinate of all boxes, in pixels."""
 
     @property
     def kept(self) -> int:
@@ -106,17 +107,12 @@ class Statistics:
 
     def keep(self, record: Prepared) -> None:
         """Count a record that is stored."""
-        self.having["answer"] += bool(record.answers)
-        self.having["box"] += record.bbox is not None
-        self.having["crop"] += record.crop is not None
-        self.having["hint"] += record.hinted
-        self.rotated += record.facts.orientation != 1
-        self.flat += record.facts.flat
+        for trait in record.traits:
+            self.having[trait] += 1
         self.megapixels.append(float(f"{math.prod(record.facts.size) / 1e6:.6g}"))
         area = record.relative_area()
-        if area is not None and record.bbox is not None:
+        if area is not None:
             self.relative_area.append(float(f"{area:.6g}"))
-            self.largest_coordinate = min(1e6, max(self.largest_coordinate, *record.bbox))
 
     def add(self, later: Statistics) -> None:
         """Add what comes later in the order of the records: of the examples, the earlier ones stay."""
@@ -125,11 +121,8 @@ class Statistics:
         self.dropped.update(later.dropped)
         self.examples = {**later.examples, **self.examples}
         self.having = {name: count + later.having[name] for name, count in self.having.items()}
-        self.rotated += later.rotated
-        self.flat += later.flat
         self.megapixels.extend(later.megapixels)
         self.relative_area.extend(later.relative_area)
-        self.largest_coordinate = max(self.largest_coordinate, later.largest_coordinate)
 
 
 def total(parts: Iterable[Statistics]) -> Statistics:
@@ -146,10 +139,12 @@ def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -
     Leaves shards (none of a split without records) and the note, each under its name only when whole.
     """
     tars: dict[str, tarfile.TarFile] = {}
-    note = Statistics()
+    note, dropped = Statistics(), []
     for (place, row), result in _checked(job, threads):
         if isinstance(result, UnusableSample):
             note.drop(f"{job.source.unit} {row.number}", result)
+            place_of = {"source": str(job.source.path), job.source.unit: row.number}
+            dropped.append(json.dumps({**place_of, "reason": result.reason, "detail": result.detail}) + "\n")
         else:
             note.keep(result)
             if result.split not in tars:
@@ -165,6 +160,7 @@ def write_chunk(job: ShardJob, threads: int, advance: Callable[[int], object]) -
         note.shards[split] = [{**entry, "sha256": sha256(path)}]
         os.replace(path, job.folders[split] / entry["shard"])
     temporary = job.scratch / f"{uuid.uuid4().hex}.json"
+    job.dropped.write_text("".join(dropped))
     temporary.write_text(json.dumps(vars(note), default=list))
     os.replace(temporary, job.note)
 
@@ -189,7 +185,7 @@ def _checked(job: ShardJob, threads: int) -> Iterator[tuple[tuple[int, Row], Pre
         try:
             if place in job.chunk.duplicates:
                 raise UnusableSample("duplicate_id", "an earlier record has the same id")
-            return read_record(row, job.source, job.options, job.prefix)
+            return read_record(row, job.source, job.options, job.prefix, job.crop)
         except UnusableSample as unusable:
             return unusable
 

@@ -13,7 +13,9 @@ from pathlib import Path, PurePosixPath
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.rows import Source
 
-_FORMS = "a JSONL file, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
+_FORMS = (
+    "a JSONL file, a JSON list, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
+)
 _PART_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+$")
 _SPLIT = re.compile(r"(train|test|validation|val|dev|eval)(?:[-_].*)?$")
 _ARCHIVE = re.compile(r"(.+(?:\.tar(?:\.(gz|bz2|xz|zst))?|\.(tgz|zip))).*$")
@@ -41,7 +43,8 @@ def _open(path: Path, split: str | None, image_root: Path | None) -> Source:
     if not path.is_file():
         raise OptionError("source", path, "is not a file or folder", f"give {_FORMS}")
     root, tabular = (image_root or path.parent).resolve(), path.suffix == ".parquet"
-    return Source(path, [path], root, path.stem, "parquet" if tabular else "JSONL", tabular)
+    layout = "parquet" if tabular else "JSON" if path.suffix == ".json" else "JSONL"
+    return Source(path, [path], root, path.stem, layout, tabular)
 
 
 def _has_splits(path: Path) -> bool:

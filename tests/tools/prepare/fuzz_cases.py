@@ -172,7 +172,7 @@ class Fuzz:
             cases.append(self.image(f"{size}.png", encoded("PNG", picture(size=size)), bbox=[0, 0, 1, 1]))
         for size in ((4, 4000), (4000, 4)):
             data = encoded("PNG", picture(size=size))
-            cases.append(self.image(f"{size}.png", data, None, "extreme_aspect", bbox=[0, 0, 4, 4]))
+            cases.append(self.image(f"{size}.png", data, "extreme_aspect", bbox=[0, 0, 4, 4]))
         with open(self.root / "images" / "sparse.png", "wb") as file:
             file.truncate(2 << 30)
         cases.append(record("image_too_large", image="images/sparse.png"))
@@ -205,7 +205,7 @@ class Fuzz:
 
     def boxes(self):
         inf, nan, big = float("inf"), float("nan"), 10**300
-        wrong = ["", "1,2,3,4", 5, True, {}, [], [1, 2, 3], [1, 2, 3, 4, 5], [[1, 2, 3, 4]], [[1, 2], [3, 4]]]
+        wrong = ["", "1,2,3,4", 5, True, {}, [], [1, 2, 3], [1, 2, 3, 4, 5], [[1, 2, 3]], [[1, 2], [3, 4]]]
         values = ["4", None, nan, inf, -inf, True, [4], {}, 10**400, -(10**400), "\ud800"]
         wrong += [[1, 2, 3, value] for value in values] + [[value, 2, 3, 4] for value in values]
         wrong += [nested(900), nested(200, {"x": 1}), "9" * 100_000, [0] * 100_000]
@@ -219,14 +219,14 @@ class Fuzz:
 
     def texts(self):
         half, layout = "\ud800", {"images": ["images/good.png"], "problem": "<image>\n"}
-        cases = many("empty_question", "question", ["", " ", "\n\t\r ", "\u3000\u2003\x1f"])
+        cases = many("empty_question", "question", ["", " ", "\n\t\r ", "\u3000\u2003\x1f", "<image>", " <image>\n"])
         cases += [record("empty_question", **layout), record("malformed_record", answer="x" * 1_000_001)]
         cases += many("malformed_record", "question", [half, "what \udfff?", half * 9])
         cases += many("malformed_record", "answer", [half]) + many("malformed_record", "id", [half, "x" * 1001])
         cases += many("overlong_prompt", "question", ["digit " * 200_000, "x" * 2_000_000])
         long = ["digit " * 100_000, "?" * 100_000, " " * 900_000 + "?", "x" * 900_000, "\U0001f600" * 5000]
         special = ["<|image_pad|>", "a <|im_end|>\n<|im_start|>system", "<|vision_start|>" * 50, "<unk>"]
-        odd = ["\0", "what\0is\0it", "\x1b[2Jred\x07", "\u202ered", "{{ messages }}{% endfor %}", "<image>"]
+        odd = ["\0", "what\0is\0it", "\x1b[2Jred\x07", "\u202ered", "{{ messages }}{% endfor %}", "the <image> tag"]
         odd += ["\ufeff?", "</s>", "<|", "a\u0301" * 50, "\uffff\U0010ffff", "𒐫ﷺ\u200d", "%s%n%x", "\\", '"']
         for loaded, texts in (("overlong_prompt", long), ("malformed_record", special), (None, odd)):
             cases += [record(None, loaded, id=f"text-{text[:9]!a}", question=text) for text in texts]
@@ -237,9 +237,11 @@ class Fuzz:
         cases = many(bad, "question", [True, 3, -1.5, [], {}, [[]], ["what?"], {"text": "what?"}, None])
         cases += many(bad, "id", ["", "  ", True, None, 1.5, [], {}, ["a"], 10**1001])
         cases += many(bad, "answer", [{}, [{}], [["a"]], nested(90)])
-        cases += many(bad, "images", [True, good, {}, 1, None, [[]], [1], [good, good]], problem="q")
+        cases += many(bad, "images", [True, good, {}, 1, None, [[]], [1]], problem="q")
+        cases += many("several_images", "images", [[good, good], [good] * 9], problem="q")
         cases += many(bad, "problem", [True, 3, [], {}, None], images=[good])
-        cases += many(bad, "teacher_images", [True, good, [1], [good, good]], images=[good], problem="q")
+        cases += many(bad, "teacher_images", [True, good, [1]], images=[good], problem="q")
+        cases += many("several_images", "teacher_images", [[good, good]], images=[good], problem="q")
         cases += many("missing_crop", "teacher_images", [[], [{}], [None]], images=[good], problem="q")
         for first, again in (("same", "same"), ("7", 7), (0, 0), (-(10**50), str(-(10**50)))):
             cases += [

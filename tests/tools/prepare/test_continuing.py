@@ -16,6 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.tools.prepare import folders, shards
 from nemo_vopd.tools.prepare.folders import partial_path
@@ -23,6 +24,8 @@ from nemo_vopd.tools.prepare.prepare import prepare
 from tests.distributed import HANG, ROOT
 
 NUM_RECORDS, SHARD_SIZE = 60, 5
+CROP = {**vars(CropConfig()), "min_pixels": PixelConfig().min_pixels}
+"""What the recipe judges crops by."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,9 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "out"
-    result = prepare(source, output, shard_size=SHARD_SIZE, workers=1, progress=False, validation_fraction=0.3)
+    result = prepare(
+        source, output, shard_size=SHARD_SIZE, workers=1, progress=False, validation_fraction=0.3, crop=CROP
+    )
     assert result == {"kept": 54, "dropped": {"empty_box": 6}}
     return output
 
@@ -111,10 +116,10 @@ def test_interrupted_it_says_how_to_continue(source, whole, tmp_path):
     assert err.strip().splitlines()[-1] == "interrupted; give the same command again to continue"
     # with other options: refused, and what is done stays
     with pytest.raises(OptionError, match="shard_size=6: the unfinished preparation .* was begun with 5"):
-        prepare(source, output, shard_size=6, validation_fraction=0.3, progress=False)
+        prepare(source, output, shard_size=6, validation_fraction=0.3, progress=False, crop=CROP)
     notes = len(list((partial_path(output) / "notes" / "all").iterdir()))
     assert notes >= 2
-    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=3, progress=False)
+    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=3, progress=False, crop=CROP)
     assert without_crop(tree(output)) == without_crop(tree(whole))
 
 
@@ -124,7 +129,7 @@ def test_begun_anew_only_when_asked(source, whole, tmp_path, capsys):
     interrupt(copy / "data.jsonl", output, 1, signal.SIGKILL)
     with open(copy / "data.jsonl", "a") as lines:
         lines.write("\n" + json.dumps({"image": "0.jpg", "question": "q", "bbox": [1, 2, 30, 40]}))
-    options = {"shard_size": SHARD_SIZE, "validation_fraction": 0.3, "progress": False}
+    options = {"shard_size": SHARD_SIZE, "validation_fraction": 0.3, "progress": False, "crop": CROP}
     with pytest.raises(OptionError, match="^source=.* has changed since"):
         prepare(copy / "data.jsonl", output, **options)
     assert prepare(copy / "data.jsonl", output, overwrite=True, **options)["kept"] == 55
@@ -136,7 +141,7 @@ def test_a_shard_cut_off_is_written_again(source, whole, tmp_path):
     interrupt(source, output, 4, signal.SIGKILL)
     shard = sorted((partial_path(output) / "result" / "train").glob("*.tar"))[0]
     os.truncate(shard, shard.stat().st_size // 2)
-    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=2, progress=False)
+    prepare(source, output, shard_size=SHARD_SIZE, validation_fraction=0.3, workers=2, progress=False, crop=CROP)
     assert without_crop(tree(output)) == without_crop(tree(whole))
 
 

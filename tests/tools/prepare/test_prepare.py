@@ -95,7 +95,7 @@ def test_bad_records_are_dropped_by_reason(folder, capsys):
         ("malformed_record", {**GOOD, "answer": [{}]}),
         ("malformed_record", {**GOOD, "bbox": [1, 2, 3]}),
         ("malformed_record", {"images": "images/full.png", "problem": "q"}),
-        ("malformed_record", {"images": ["images/full.png"] * 2, "problem": "q"}),
+        ("several_images", {"images": ["images/full.png"] * 2, "problem": "q"}),
         ("empty_question", {**GOOD, "question": " "}),
         (
             "empty_question",

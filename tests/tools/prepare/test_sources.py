@@ -354,6 +354,157 @@ def test_boxes_of_images_that_exif_turns(folder, frame, box_format, capsys):
     assert crop.shape == (16, 16, 3) and (crop == [250, 0, 250]).all()
 
 
+def asked(role, text):
+    return {"role": role, "content": text}
+
+
+def said(role, text):
+    return {"from": role, "value": text}
+
+
+FORMS = {
+    "ms-swift": lambda i: {
+        "messages": [
+            asked("system", "be short"),
+            asked("user", f"<image>what is {i}?"),
+            asked("assistant", f"it is {i}"),
+        ],
+        "images": [f"images/{i}.jpg"],
+        "objects": {"ref": ["it"], "bbox": [BOXES[i]]},
+    },
+    "ms-swift, fractions": lambda i: {
+        "query": f"<image>what is {i}?",
+        "response": f"it is {i}",
+        "images": [f"images/{i}.jpg"],
+        "objects": {
+            "bbox": [[BOXES[i][0] / 60, BOXES[i][1] / 40, BOXES[i][2] / 60, BOXES[i][3] / 40]],
+            "bbox_type": "norm1",
+        },
+    },
+    "LLaMA-Factory": lambda i: {
+        "conversations": [said("human", f"<image>what is {i}?"), said("gpt", f"it is {i}")],
+        "images": [f"images/{i}.jpg"],
+        "bbox": BOXES[i],
+    },
+    "LLaMA-Factory, alpaca": lambda i: {
+        "instruction": "what",
+        "input": f"is {i}?",
+        "output": f"it is {i}",
+        "images": [f"images/{i}.jpg"],
+        "bbox": BOXES[i],
+    },
+    "LLaVA, a later question": lambda i: {
+        "image": f"images/{i}.jpg",
+        "conversations": [
+            said("human", f"what is {i}?\n<image>"),
+            said("gpt", f"it is {i}"),
+            said("human", "and its colour?"),
+            said("gpt", "red"),
+        ],
+        "bboxes": [BOXES[i]],
+    },
+    "verl": lambda i: {
+        "data_source": "d",
+        "prompt": [asked("user", f"<image>what is {i}?")],
+        "images": [{"image": f"images/{i}.jpg"}],
+        "reward_model": {"style": "rule", "ground_truth": f"it is {i}"},
+        "bbox": BOXES[i],
+    },
+    "images in messages": lambda i: {
+        "messages": [
+            asked("user", [{"type": "image", "image": f"images/{i}.jpg"}, {"type": "text", "text": f"what is {i}?"}]),
+            asked("assistant", [{"type": "text", "text": f"it is {i}"}]),
+        ],
+        "bbox": BOXES[i],
+    },
+    "a box of two": lambda i: {
+        "image": f"images/{i}.jpg",
+        "question": f"<image>\nwhat is {i}?",
+        "answer": f"it is {i}",
+        "bboxs": [[i, 2, i + 5, 9], [i + 15, 20, i + 20, 30]],
+    },
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize("form", FORMS)
+def test_records_as_other_programs_write_them(folder, capsys, form, ending):
+    """Conversations of ms-swift, LLaMA-Factory, LLaVA and verl give the same records, as lines and as one list."""
+    source, rows = folder / "in" / f"data.{ending}", [FORMS[form](i) for i in range(NUM)]
+    if ending == "json":
+        source.write_text(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        lines(source, rows)
+    if "alpaca" in form:
+        prepare(source, folder / "out", progress=False)
+        metas = [json.loads(part["json"]) for part in stored(folder / "out").values()]
+        assert [(m["question"], m["answer"]) for m in metas] == [(f"what\nis {i}?", f"it is {i}") for i in range(NUM)]
+    elif "fractions" in form:
+        prepare(source, folder / "out", progress=False)
+        for i, part in enumerate(stored(folder / "out").values()):
+            assert json.loads(part["json"])["bbox"] == pytest.approx(BOXES[i])
+    else:
+        check(source, folder / "out", crops=False, boxes=True)
+    out = capsys.readouterr().out
+    assert ("7 conversations ask more than once" in out) == ("later question" in form)
+    assert ("7 records have several boxes" in out) == ("of two" in form)
+
+
+def test_a_list_of_records_is_read_piece_by_piece(folder, monkeypatch):
+    """Whatever the size of a piece, from any place on; what is no JSON is told with its place."""
+    from nemo_vopd.tools.prepare import rows
+
+    source = folder / "in" / "data.json"
+    records = [{"image": "a.jpg", "question": f"wäs{'?' * i}", "bbox": [i, 1.5e3, -2, 3]} for i in range(40)]
+    records[7] = 3
+    source.write_text("\ufeff" + json.dumps(records, ensure_ascii=False, indent=1))
+    (opened,) = open_sources([source])
+    whole = list(opened.rows(set()))
+    assert [row.values for row in whole if isinstance(row.values, dict)] == [r for r in records if r != 3]
+    assert [row.number for row in whole] == list(range(1, 41)) and whole[7].values.reason == "malformed_record"
+    for size in (1, 2, 3, 64, 1000):
+        monkeypatch.setattr(rows, "_READ_BYTES", max(size, 64) if size < 64 else size)
+        assert [row.offset for row in opened.rows(set())] == [row.offset for row in whole]
+        assert next(opened.rows(set(), whole[20].offset, 21)).values == records[20]
+    for text, words in ((source.read_text()[:-200], "record 3[0-9], byte [0-9]+"), ("[{1: 2}]", "record 1, byte 1")):
+        source.write_text(text)
+        with pytest.raises(OptionError, match=f"source=.*data.json: is no list of JSON records .{words}"):
+            prepare(source, folder / "out", progress=False)
+
+
+def test_odd_boxes_and_crops_are_counted_with_the_option_that_mends_them(folder, capsys):
+    def told(records, **options):
+        lines(folder / "in" / "data.jsonl", records)
+        prepare(folder / "in" / "data.jsonl", folder / "out", overwrite=True, progress=False, **options)
+        return capsys.readouterr().out
+
+    one = {"image": "images/0.jpg", "question": "q"}
+    fractions = [{**one, "bbox": [0.1, 0.1, 0.5, 0.6]}] * 6 + [{**one, "bbox": [3, 4, 20, 30]}]
+    assert "6 of 7 boxes have no number above 1: for fractions set bbox_format=xyxy_unit" in told(fractions)
+    assert "fractions" not in told(fractions, bbox_format="xyxy_unit")
+    assert "1 of 7 boxes reach beyond their image" in told(fractions, bbox_format="xyxy_unit")
+    corners = [{**one, "bbox": box} for box in ([40, 30, 15, 5], [5, 5, 90, 20], [70, 50, 80, 60], [10, 10, 20, 20])]
+    out = told(corners)
+    assert (
+        "3 of 4 boxes reach beyond their image or have no area" in out and "set xywh or xyxy_unit or xyxy_1000" in out
+    )
+    dropped = [json.loads(line) for line in (folder / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(d["line"], d["reason"]) for d in dropped] == [(1, "empty_box"), (3, "box_outside_image")]
+    assert all(d["source"].endswith("data.jsonl") and d["detail"] for d in dropped) and "dropped.jsonl lists" in out
+    Image.new("RGB", (1600, 30), (9, 200, 30)).save(folder / "in" / "images" / "wide.jpg")
+    wide = [{"image": "images/wide.jpg", "question": "q", "bbox": [10 + i, 2, 900, 20]} for i in range(20)]
+    assert "20 of 20 boxes in images with a side above 1500 pixels have no number above 1000" in told(wide)
+    assert "no number above 1000" not in told([*wide, *[{**wide[0], "bbox": [1100, 2, 1300, 20]}] * 3])
+    crop = {"scale": 1.0, "min_side": 4, "square": False}
+    small = [{**one, "bbox": [10, 10, 16, 16]}, {**wide[0], "bbox": [5, 5, 1500, 9]}, {**one, "bbox": [0, 0, 60, 40]}]
+    out = told(small, crop={**crop, "min_pixels": 784})
+    assert "1 crops are enlarged more than twice: (data.)crop.max_upscale=2" in out
+    assert "1 crops are too elongated to be used: (data.)crop.max_aspect=4" in out
+    card = json.loads((folder / "out" / "data_card.json").read_text())
+    assert (card["upscaled"], card["extreme_crop"], card["leaving"], card["with_box"]) == (1, 1, 0, 3)
+    assert not (folder / "out" / "dropped.jsonl").exists()
+
+
 def test_wrong_sources(folder):
     source = folder / "in" / "damaged.parquet"
     source.write_bytes(b"PAR1 no")
