@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from nemo_vopd.data.encoder import iterate_samples
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.mcore import parallel
+from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.tools.evaluation import gap as module
-from nemo_vopd.tools.evaluation.gap import measure_gap
+from nemo_vopd.tools.evaluation.gap import answers, measure_gap
 from nemo_vopd.tools.evaluation.questions import exact_match, grade
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
@@ -102,3 +104,12 @@ def test_a_sample_without_an_answer_is_left_out_on_every_rank(assets, tmp_path):
 def test_exact_match(reply, answer, right):
     assert exact_match(reply, answer) is right
     assert bool(grade(reply, ["some other", answer], "text", {})) is right
+
+
+def test_numbers_that_are_not_finite_are_no_answers():
+    """Finite weights can overflow in their number format: no text is shown and no accuracy computed from it."""
+    for number in (math.nan, math.inf, -math.inf):
+        tokens, zeros, log_probs = torch.tensor([1, 2]), torch.zeros(2), torch.tensor([0.0, number])
+        found = [[(tokens, zeros)], [(tokens, log_probs)]]
+        with pytest.raises(RunError, match="probabilities for b are not finite"):
+            answers(lambda *_, found=found: found, [], ["a", "b"], SamplingParams())  # type: ignore[arg-type]
