@@ -34,8 +34,14 @@ def check_served(hf: Any, path: str) -> None:
     The vision tower is transformers' own and takes any value that fits; the language model is Megatron's.
     """
     text, vision = hf.text_config, hf.vision_config
-    if getattr(hf, "quantization_config", None) is not None:
+    if any(getattr(part, "quantization_config", None) is not None for part in (hf, text)):
         raise refusal(path, "config.json has a quantization_config", "give the model that is not quantized")
+    if getattr(hf, "transformers_weights", None) is not None:
+        what = "config.json names other weight files (transformers_weights), which are not read"
+        raise refusal(path, what, "give a directory with model.safetensors or its index")
+    if not getattr(text, "is_causal", True):
+        what = "config.json: text_config.is_causal=False is not computed, only attention to what lies before"
+        raise refusal(path, what, "give a model without it")
     _check_sizes(text, "text_config", (*_TEXT_SIZES, "vocab_size"), path)
     _check_sizes(vision, "vision_config", _VISION_SIZES, path)
     _check_defaults(text, "text_config", _TEXT_SERVED | _WINDOWS | _INERT, path)
