@@ -5,14 +5,19 @@ Nothing is fetched, and no code of the directory is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from nemo_vopd.errors import OptionError
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Number formats of weights that are read, by their names in safetensors files."""
 _COPY = "copy the model again"
 _MAX_REASON = 200
 
@@ -32,7 +37,7 @@ def one_line(error: BaseException) -> str:
 def read_json(path: str | Path, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` of the directory `path`. Raises OptionError when it holds none."""
     try:
-        content = json.loads((Path(path) / name).read_text())
+        content = json.loads((Path(path) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise refusal(path, f"{name} cannot be read as JSON ({one_line(error)})", _COPY) from None
     if not isinstance(content, dict):
@@ -54,18 +59,37 @@ def read_config(path: str | Path) -> Any:
     if not isinstance(content.get("model_type"), str):
         raise refusal(path, "config.json names no model_type", remedy)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # no attention of the file's choosing: with the package `kernels`, transformers would fetch one from the Hub
+        config = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
     except Exception as error:  # a field of another type or length can end in almost anything
         raise refusal(path, f"config.json cannot be used ({one_line(error)})", "correct it") from None
+    if config.dtype is None:
+        config.dtype = _stored_dtype(path)
+    return config
+
+
+def _stored_dtype(path: str | Path) -> torch.dtype | None:
+    """Number format of the first weight, which counts where config.json names none; None without readable weights."""
+    with (
+        contextlib.suppress(OptionError, SafetensorError, StopIteration),
+        safe_open(weight_files(path)[0], "pt") as file,
+    ):
+        return DTYPES.get(file.get_slice(next(iter(file.keys()))).get_dtype())
+    return None
 
 
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files that hold the weights, chosen as transformers does; without an index, all there are.
 
     model.safetensors comes before an index, and with an index no other file counts. Raises OptionError when there is
-    no file, or the index names one that is not in the directory.
+    no file, when the index names one that is not in the directory, and where transformers would read another format.
     """
     folder = Path(path)
+    if shards := sorted(folder.glob("shard-*-model-*.safetensors")):
+        what = f"holds a checkpoint of another format ({shards[0].name}), which transformers reads before other files"
+        raise refusal(path, what, "take it out, or save the model with save_pretrained")
     single, index = folder / "model.safetensors", "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -80,6 +104,9 @@ def weight_files(path: str | Path) -> list[Path]:
             if not (folder / name).is_file():
                 raise refusal(path, f"{index} names {name}, which is not there", _COPY)
         return [folder / name for name in sorted(files)]
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (folder / name).is_file():
+            raise refusal(path, f"holds its weights in {name}, which is not read", "save the model as safetensors")
     if files := sorted(folder.glob("*.safetensors")):
         return files
     raise refusal(path, "holds no *.safetensors file", "give a Hugging Face model directory with safetensors weights")

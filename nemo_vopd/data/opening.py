@@ -66,9 +66,12 @@ def _open_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the formats are many, and so are their errors
         raise refusal(path, f"holds a tokenizer that cannot be read ({one_line(error)})", _PUBLISHED) from None
-    if (path / "chat_template.json").is_file() and not (path / "chat_template.jinja").is_file():
-        # the processor's template: some releases give the tokenizer a text-only one
-        tokenizer.chat_template = read_json(path, "chat_template.json").get("chat_template")
+    # The processor's template goes before the tokenizer's, which is text-only in some releases. The order is that of
+    # transformers' ProcessorMixin.get_processor_dict; chat_template.jinja is the tokenizer's too.
+    for name in ("processor_config.json", "chat_template.json"):
+        if (path / name).is_file() and (template := read_json(path, name).get("chat_template")) is not None:
+            tokenizer.chat_template = template
+            break
     if not tokenizer.chat_template:
         raise refusal(path, "has no chat template", "use the instruction-tuned model")
     return tokenizer
@@ -116,9 +119,16 @@ def _image_settings(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _end_token_ids(path: Path, tokenizer: Any, highest: int) -> list[int]:
-    """Ids that end a response: generation_config.json, else the tokenizer's; the tokenizer's own one comes first."""
-    file = "generation_config.json"
-    given = read_json(path, file).get("eos_token_id") if (path / file).is_file() else None
+    """Ids that end a response, the tokenizer's own one first.
+
+    generation_config.json names them, or config.json where that file is missing (transformers' `GenerationMixin`), else
+    the tokenizer.
+    """
+    file = "generation_config.json" if (path / "generation_config.json").is_file() else "config.json"
+    content = read_json(path, file)
+    given = content.get("eos_token_id")
+    if given is None and isinstance(text := content.get("text_config"), dict):
+        given = text.get("eos_token_id")
     ids = [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(one) is int and 0 <= one <= highest for one in ids):
         raise refusal(path, f"{file} has eos_token_id={given}, which is no token of the tokenizer", _PUBLISHED)

@@ -75,6 +75,9 @@ def box_in_pixels(bbox: object, box_format: str, image_size: tuple[int, int]) ->
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _IMAGE_MARKS = ("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
 
+_UNFILLED = ("<ref-object>", "<bbox>", "<video>", "<audio>")
+"""Marks in conversations that ms-swift and LLaMA-Factory replace by what other columns hold."""
+
 
 @dataclass
 class Conversation:
@@ -92,7 +95,8 @@ def read_conversation(value: object, column: str) -> Conversation:
     """The question in `column`: a text, or turns (`role` and `content`, or `from` and `value` as in LLaVA).
 
     Of several questions the first is taken, which needs no earlier turn. Marks of the image's place are taken out, as
-    the chat template decides it: at the ends of a `question`, which may ask about such a mark, else everywhere.
+    the chat template decides it: at the ends of a `question`, which may ask about such a mark, else everywhere. Raises
+    UnusableSample (malformed_record) for marks of other things in a conversation.
     """
     everywhere = column.rsplit(".", 1)[-1] != "question"
     if not isinstance(value, list):
@@ -106,6 +110,9 @@ def read_conversation(value: object, column: str) -> Conversation:
         return Conversation(None)
     question, images = _parts(told["user"][0])
     answer = _parts(told["assistant"][0])[0] if told["assistant"] else None
+    for mark in _UNFILLED:
+        if isinstance(question, str) and mark in question:
+            raise UnusableSample("malformed_record", f"the question holds {mark}, whose content is not filled in here")
     return Conversation(_without_marks(question, everywhere), answer, images, len(told["user"]))
 
 
@@ -115,8 +122,8 @@ def _parts(content: object) -> tuple[object, list]:
         return content, []
     parts = [part for part in content if isinstance(part, dict)]
     text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-    images = [part.get(name) for part in parts for name in ("image", "image_url", "url", "path") if part.get(name)]
-    return text, images
+    named = ([part[name] for name in ("image", "image_url", "url", "path") if part.get(name)] for part in parts)
+    return text, [names[0] for names in named if names]
 
 
 def _without_marks(text: object, everywhere: bool) -> object:

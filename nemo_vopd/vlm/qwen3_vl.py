@@ -91,7 +91,7 @@ class Qwen3VL(VisionLanguageModel):
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features [n, H] of the image tokens, and those [n, H] to add after layers 1, 2, ..."""
         assert self.vision is not None
-        output = self.vision(pixel_values, grid_thw.to(pixel_values.device))
+        output = self.vision(pixel_values, grid_thw.to(pixel_values.device), return_dict=True)
         return output.pooler_output, output.deepstack_features
 
 

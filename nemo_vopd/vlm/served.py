@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from nemo_vopd.hf_directory import refusal
+from nemo_vopd.vlm.language import head_dim
 
 _INERT = {"initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
 """Change nothing that is computed here: initialisation, generation with transformers, limits that nobody reads."""
@@ -24,7 +25,6 @@ _WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers"}
 _VISION_SIZES = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size")
 _VISION_SIZES += ("temporal_patch_size", "out_hidden_size")
 _ROPE = {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved"}
-_USE = "it is not computed here"
 _CORRECT = "correct config.json, or copy the model again"
 
 
@@ -93,6 +93,8 @@ def _check_heads(text: Any, path: str) -> None:
 
 def _check_rope(text: Any, path: str) -> None:
     rope = text.rope_parameters
+    if not isinstance(rope, dict) or "rope_type" not in rope:
+        raise refusal(path, f"config.json: text_config.rope_parameters={rope} is no one set of parameters", _CORRECT)
     place = "config.json: text_config.rope_parameters (rope_scaling in older files)"
     if rope["rope_type"] != "default":
         what = f"{place} has rope_type={rope['rope_type']}, and only default is computed"
@@ -103,15 +105,11 @@ def _check_rope(text: Any, path: str) -> None:
     theta = rope["rope_theta"]
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not (0 < theta < math.inf):
         raise refusal(path, f"{place} has rope_theta={theta}, which must be a positive number", _CORRECT)
-    sections, half = rope.get("mrope_section"), (getattr(text, "head_dim", None) or _head_dim(text)) // 2
-    whole = isinstance(sections, list | tuple) and all(type(number) is int and number >= 0 for number in sections)
-    if not whole or len(sections) != 3 or sum(sections) != half:
+    sections, half = rope.get("mrope_section"), head_dim(text) // 2
+    is_list = isinstance(sections, list | tuple) and all(type(number) is int and number >= 0 for number in sections)
+    if not is_list or not sections or len(sections) != 3 or sum(sections) != half:
         what = f"{place} has mrope_section={sections}, which must be three whole numbers that add up to {half}"
         raise refusal(path, what, _CORRECT)
-
-
-def _head_dim(text: Any) -> int:
-    return text.hidden_size // text.num_attention_heads
 
 
 def _check_tower(vision: Any, hidden: int, path: str) -> None:
@@ -124,6 +122,12 @@ def _check_tower(vision: Any, hidden: int, path: str) -> None:
     if vision.hidden_size % (4 * vision.num_heads):
         what = f"config.json: vision_config.hidden_size={vision.hidden_size} is no multiple of 4 * num_heads"
         raise refusal(path, f"{what}={4 * vision.num_heads}", _CORRECT)  # angles of two axes, each a half of a half
+    if getattr(vision, "head_dim", None) not in (None, vision.hidden_size // vision.num_heads):
+        raise refusal(path, f"config.json: vision_config.head_dim={vision.head_dim} is no field of the tower", _CORRECT)
+    if (kind := (vision.rope_parameters or {}).get("rope_type", "axial")) not in ("axial", "default"):
+        raise refusal(
+            path, f"config.json: vision_config.rope_parameters has rope_type={kind}", "only axial is computed"
+        )
     window = getattr(vision, "window_size", None)
     if window is not None and window < vision.patch_size * vision.spatial_merge_size:
         what = f"config.json: vision_config.window_size={window} is less than one merged patch"

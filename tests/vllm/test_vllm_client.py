@@ -33,14 +33,23 @@ from nemo_vopd.vlm.weights.reading import HFReader
 from tests.distributed import run_distributed, start_distributed
 from tests.helpers import tiny_config
 
+SETTINGS = {
+    "qwen2.5": {},
+    "qwen3": {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    "from 0 to 1": {"do_normalize": False},
+    "from 0 to 255": {"do_normalize": False, "do_rescale": False},
+    "normalised from 0 to 255": {"do_rescale": False, "image_mean": [128.0] * 3, "image_std": [64.0] * 3},
+    "another scale, one number": {"rescale_factor": 1 / 128, "image_mean": 1.0, "image_std": 0.5},
+}
 
-@pytest.mark.parametrize("patch_size, mean", [(14, None), (16, [0.5, 0.5, 0.5])], ids=["qwen2.5", "qwen3"])
-def test_images_come_back_from_their_patches_without_loss(assets, patch_size, mean):
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_images_come_back_from_their_patches_without_loss(assets, settings):
     processor = Processor.from_pretrained(assets / "tiny-vlm")
     image_processor = processor.image_processor
-    image_processor.patch_size = patch_size
-    if mean:
-        image_processor.image_mean = image_processor.image_std = mean
+    for name, value in settings.items():
+        setattr(image_processor, name, value)
+    patch_size = image_processor.patch_size
     generator = np.random.default_rng(0)
     images = [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((70, 100), (300, 65))]
     limits = [PixelConfig(), PixelConfig(max_pixels=8000)]

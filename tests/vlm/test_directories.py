@@ -18,7 +18,7 @@ from nemo_vopd.config import Config, ModelConfig, PixelConfig, PrecisionConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.build import build_vlm, weights_dtype
 from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
 
 
@@ -183,6 +183,9 @@ ACCEPTED = {
     "qwen3": ("qwen3", lambda folder: None),
     "qwen3, theta is no whole number": ("qwen3", text(rope_parameters=ROPE | {"mrope_section": [6, 3, 3]})),
     "qwen3, another activation in the tower": ("qwen3", vision(hidden_act="silu")),
+    "the tower returns tuples": ("qwen3", vision(return_dict=False)),
+    "attention of the file's choosing": ("qwen3", config(attn_implementation="someone/kernel")),
+    "no number format in config.json": ("qwen2_5", config(dtype=DROP)),
     "fields of no meaning": ("qwen2_5", text(use_cache=False, initializer_range=9.0, sliding_window=4, colour="red")),
 }
 
@@ -260,6 +263,7 @@ REFUSED = {
         "add up to 8",
     ),
     "sections that are none": ("qwen2_5", text(rope_parameters=ROPE | {"mrope_section": "233"}), "mrope_section"),
+    "sections that are a number": ("qwen2_5", text(rope_parameters=ROPE | {"mrope_section": 8}), "mrope_section=8"),
     "a negative theta": ("qwen2_5", text(rope_parameters=ROPE | {"rope_theta": -1.0}), "rope_theta"),
     "another activation": ("qwen2_5", text(hidden_act="gelu"), "hidden_act=gelu"),
     "dropout": ("qwen2_5", text(attention_dropout=0.1), "attention_dropout=0.1"),
@@ -268,6 +272,23 @@ REFUSED = {
     "attention to what comes later": ("qwen2_5", text(is_causal=False), "is_causal"),
     "weights of another name": ("qwen2_5", config(transformers_weights="a.safetensors"), "transformers_weights"),
     "the language model quantized": ("qwen2_5", text(quantization_config={"bits": 4}), "quantization_config"),
+    "a tower with other angles": (
+        "qwen3",
+        vision(rope_parameters={"rope_type": "linear", "factor": 2.0}),
+        "vision_config",
+    ),
+    "a tower with other heads": ("qwen3", vision(head_dim=12), "vision_config.head_dim=12"),
+    "angles by kind of layer": (
+        "qwen3",
+        text(rope_parameters={"full_attention": ROPE}),
+        "text_config.rope_parameters",
+    ),
+    "weights of torch.save": ("qwen2_5", both(rename_weights, write("pytorch_model.bin", "")), "pytorch_model.bin"),
+    "a checkpoint beside the weights": (
+        "qwen2_5",
+        write("shard-00001-model-00001-of-00001.safetensors", ""),
+        "another format .shard-00001",
+    ),
     "quantized": ("qwen2_5", config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config"),
     "weights of 8 bits": ("qwen2_5", weights(to_8_bits), "model.norm.weight.*I8"),
     "sizes as text": ("qwen2_5", text(hidden_size="64"), "config.json.*hidden_size"),
@@ -365,7 +386,9 @@ def test_accepted_directories_give_transformers_logits(case, families, tmp_path,
         logits = hidden[:, 0] @ ours.output_weight().T
         # transformers reads no file of another name
         whole = families / ACCEPTED[case][0] if (folder / "a.safetensors").is_file() else folder
-        theirs = AutoModelForImageTextToText.from_pretrained(whole, dtype=torch.float32).eval()
+        theirs = AutoModelForImageTextToText.from_pretrained(
+            whole, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
         is_image = (view.token_ids == processor.image_token_id).int()
         expected = theirs(
             input_ids=view.token_ids[None],
@@ -374,6 +397,42 @@ def test_accepted_directories_give_transformers_logits(case, families, tmp_path,
             image_grid_thw=view.grid_thw,
         ).logits[0]
     torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_the_template_and_the_end_tokens_are_those_of_transformers(families, tmp_path, groups):
+    """processor_config.json, chat_template.json, chat_template.jinja; without generation_config.json, config.json."""
+    folder = tmp_path / "model"
+    shutil.copytree(families / "qwen2_5", folder)
+    plain = "<|image_pad|>{{ messages[0]['content'][1]['text'] }}"
+
+    def first_word():
+        processor = Processor.from_pretrained(folder)
+        view = processor.view([Image.new("RGB", (56, 56))], "digit", [PixelConfig(3136, 3136)])
+        return processor.decode(view.token_ids).split()[0]
+
+    for name, word in (
+        ("chat_template.jinja", "red"),
+        ("chat_template.json", "blue"),
+        ("processor_config.json", "green"),
+    ):
+        template = f"{word} {plain}"
+        (folder / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+        assert first_word() == word
+    (folder / "generation_config.json").unlink()
+    for changes, ids in (({TEXT + "eos_token_id": [2, 10]}, [2, 10]), ({"eos_token_id": 10}, [10])):
+        config(**changes)(folder)
+        assert Processor.from_pretrained(folder).end_token_ids == ids
+    config(eos_token_id=DROP, **{TEXT + "eos_token_id": DROP})(folder)
+    assert Processor.from_pretrained(folder).end_token_ids == [2]
+
+
+def test_the_number_format_is_that_of_the_files(families, tmp_path, groups):
+    """Where config.json names none, the first weight decides, as in transformers."""
+    folder = copy(families, tmp_path, "qwen2_5", config(dtype=DROP))
+    automatic = Config(model=ModelConfig(hf_path=str(folder)), precision=PrecisionConfig(dtype="auto"))
+    assert weights_dtype(automatic) == torch.float32
+    weights(lambda tensors: tensors.update({name: value.bfloat16() for name, value in tensors.items()}))(folder)
+    assert weights_dtype(automatic) == torch.bfloat16
 
 
 @pytest.mark.parametrize("case", REFUSED)

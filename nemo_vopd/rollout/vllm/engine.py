@@ -185,7 +185,12 @@ class PatchImages:
         """`image_processor` cut the patches."""
         self.patch, self.merge = image_processor.patch_size, image_processor.merge_size
         self.time = image_processor.temporal_patch_size
-        self.mean, self.std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
+        # backwards, what the processor does with pixels from 0 to 255
+        self.mean, self.std, self.unit = torch.tensor(0.0), torch.tensor(1.0), 1.0
+        if image_processor.do_normalize:
+            self.mean, self.std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
+        if image_processor.do_rescale:
+            self.unit = image_processor.rescale_factor
 
     def __call__(self, view: View) -> list[Tensor]:
         """[height, width, 3] uint8 for each image of `view`."""
@@ -198,7 +203,7 @@ class PatchImages:
         # a still image is the same at all times: the first is taken; patches of one merged token lie together
         blocks = patches.view(rows // m, columns // m, m, m, 3, self.time, p, p)[:, :, :, :, :, 0]
         pixels = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * p, columns * p, 3)
-        return ((pixels * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return ((pixels * self.std + self.mean) / self.unit).round().clamp(0, 255).to(torch.uint8)
 
 
 def _nothing() -> Future:

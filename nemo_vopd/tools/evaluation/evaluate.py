@@ -19,6 +19,7 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
+from nemo_vopd.hf_directory import weight_files
 from nemo_vopd.images import UnusableSample
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.native.engine import Decoder
@@ -162,7 +163,7 @@ def _native_model(decoder: Decoder, processor: Processor, data: DataConfig, max_
 def weights_fingerprint(folder: Path) -> str:
     """A hash of the sizes of the weight files in `folder` and of some blocks of each: an export there changes it."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

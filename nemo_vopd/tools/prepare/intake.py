@@ -48,7 +48,6 @@ TRAITS = (
 )
 """What records are counted under."""
 _LARGE, _UPSCALED = 1500, 2.0
-_TURNS = ("messages", "conversations")
 MAX_IMAGE_BYTES = 3 * MAX_IMAGE_PIXELS
 """Longer image files are dropped unread; the largest image that is accepted takes this when decoded."""
 
@@ -104,7 +103,7 @@ def read_record(
     image = _image(value, image_column, source, "missing_image")
     crop_column, value = columns.find("crop_image", values)
     crop = None if value is None else _image(value, crop_column, source, "missing_crop")
-    given, num_boxes = columns.find("bbox", values)[1], 0
+    (box_column, given), num_boxes = columns.find("bbox", values), 0
     if given is None and crop is None:
         raise UnusableSample("missing_crop", "neither bbox nor crop image")
     # decoded in full: a truncated file is found now, not in the middle of a run
@@ -112,7 +111,9 @@ def read_record(
     size = facts.upright_size if options.bbox_frame == "upright" else facts.size
     bbox = shown = None
     if given is not None:
-        bbox, num_boxes = evidence_box(given, _box_format(values, options), size)
+        # ms-swift's records say themselves that their boxes are fractions
+        is_unit = box_column == "objects.bbox" and values["objects"].get("bbox_type") == "norm1"
+        bbox, num_boxes = evidence_box(given, "xyxy_unit" if is_unit else options.bbox_format, size)
         shown = bbox if options.bbox_frame == "upright" else turn_box(bbox, facts.orientation, facts.size)
         bbox = turn_box_back(shown, facts.orientation, facts.size)
     crop_size = None if crop is None else check_image(crop, options.max_image_pixels).size
@@ -142,17 +143,7 @@ def _conversation(values: dict, options: PrepareOptions) -> Conversation:
     asked = read_conversation(value, column)
     if column == "instruction" and isinstance(more := values.get("input"), str) and more.strip():
         asked.question = f"{asked.question}\n{more}"  # as LLaMA-Factory joins them
-    if not asked.answer and (turns := next((values[name] for name in _TURNS if name in values), None)) is not value:
-        asked.answer = read_conversation(turns, "").answer
     return asked
-
-
-def _box_format(values: dict, options: PrepareOptions) -> str:
-    """The format of the box; ms-swift's records say themselves that boxes are fractions."""
-    objects = values.get("objects")
-    if isinstance(objects, dict) and objects.get("bbox_type") == "norm1" and "bbox" in objects:
-        return "xyxy_unit"
-    return options.bbox_format
 
 
 def _of_box(given: object, bbox: object, size: tuple[int, int]) -> dict[str, bool]:

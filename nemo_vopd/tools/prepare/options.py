@@ -20,10 +20,8 @@ _KNOWN = {
     "answer": ("answer", "answers", "solution", "response", "reward_model.ground_truth", "extra_info.answer", "output"),
     "id": ("id", "sample_id", "uid"),
 }
-CONVERSATIONS = {"prompt", "messages", "conversations"}
-"""Columns that hold turns."""
-_BESIDE = {"question": {"input"}, "bbox": {"objects"}, "answer": CONVERSATIONS, "image": CONVERSATIONS}
-"""Columns that are read together with those of a field."""
+_CONVERSATIONS = {"prompt", "messages", "conversations"}
+"""Columns of questions that may name images between their texts."""
 HINT = "Only focus on the objects inside the red bounding box in the image to answer this question."
 """What questions written for images with a drawn box carry."""
 
@@ -73,8 +71,7 @@ class Columns:
                 rule = f"is no column of {source}, which has {there}"
                 raise OptionError(f"columns.{wanted}", given, rule, "name one of those, or null for the known names")
         for needed in (("image",), ("question",), ("bbox", "crop_image")):
-            # messages may name their images themselves
-            wanted = self.top_level(*needed) | (CONVERSATIONS if needed == ("image",) else set())
+            wanted = self.top_level(*needed) | (_CONVERSATIONS if needed == ("image",) else set())
             if not wanted & set(present):
                 names = ", ".join(name for field in needed for name in _KNOWN[field])
                 rule = f"{source} has none of the columns {names}; it has {there}"
@@ -82,9 +79,9 @@ class Columns:
                 raise OptionError(f"columns.{needed[0]}", "null", rule, remedy)
 
     def top_level(self, *wanted: str) -> set[str]:
-        """The columns that can hold the fields `wanted` (default: all, and what is read beside them)."""
+        """The columns that can hold the fields `wanted` (default: all, and the `input` of an instruction)."""
         names = {name.split(".")[0] for field in wanted or _KNOWN for name in self._names(field)}
-        return names if wanted else names.union(*_BESIDE.values())
+        return names if wanted else names | {"input"}
 
     def _names(self, field: str) -> tuple[str, ...]:
         given = getattr(self, field)

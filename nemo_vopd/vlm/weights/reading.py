@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.hf_directory import weight_files
+from nemo_vopd.hf_directory import DTYPES, weight_files
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage, WeightRule
 from nemo_vopd.vlm.weights.names import canonical, interleave
@@ -20,7 +20,6 @@ from nemo_vopd.vlm.weights.names import canonical, interleave
 _WORTH_A_PROGRESS_LINE = 100_000_000
 """Number of parameters on a rank from which reading shows its progress."""
 _BELONG = "check that config.json and the weights belong together"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class HFReader:
@@ -48,8 +47,8 @@ class HFReader:
             first = f"{self.original_name[key]} in {self._file[key].name}"
             rule = f"holds one tensor twice, {first} and {name} in {file.name}"
             raise OptionError("model.hf_path", self.path, rule, "remove the file that does not belong to the model")
-        if dtype not in _DTYPES:
-            rule = f"holds {name} as {dtype}, and weights must be {', '.join(_DTYPES)}"
+        if dtype not in DTYPES:
+            rule = f"holds {name} as {dtype}, and weights must be {', '.join(DTYPES)}"
             raise OptionError("model.hf_path", self.path, rule, "give the model that is not quantized")
         self.original_name[key], self._file[key] = name, file
 
@@ -71,7 +70,7 @@ class HFReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format of tensor `name` (canonical), which must be there."""
-        return _DTYPES[self._handle(self._file[name]).get_slice(self.original_name[name]).get_dtype()]
+        return DTYPES[self._handle(self._file[name]).get_slice(self.original_name[name]).get_dtype()]
 
     def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor `name` (canonical), or its part [start, stop) along `dim` (0 or 1); only that part is read."""

@@ -450,6 +450,17 @@ def test_records_as_other_programs_write_them(folder, capsys, form, ending):
     assert ("7 records have several boxes" in out) == ("of two" in form)
 
 
+def test_marks_that_other_programs_fill_in_are_refused(folder):
+    def row(text):
+        return {"messages": [asked("user", text)], "images": ["images/0.jpg"], "bbox": BOXES[0]}
+
+    marks = ("<ref-object>", "<bbox>", "<video>", "<audio>")
+    lines(folder / "in" / "data.jsonl", [row("<image>fine"), *(row(f"<image>where is {mark}?") for mark in marks)])
+    result = prepare(folder / "in" / "data.jsonl", folder / "out", progress=False)
+    assert result == {"kept": 1, "dropped": {"malformed_record": 4}}
+    assert "<ref-object>" in (folder / "out" / "dropped.jsonl").read_text()
+
+
 def test_a_list_of_records_is_read_piece_by_piece(folder, monkeypatch):
     """Whatever the size of a piece, from any place on; what is no JSON is told with its place."""
     from nemo_vopd.tools.prepare import rows
