@@ -106,8 +106,9 @@ def _check_rope(text: Any, path: str) -> None:
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not (0 < theta < math.inf):
         raise refusal(path, f"{place} has rope_theta={theta}, which must be a positive number", _CORRECT)
     sections, half = rope.get("mrope_section"), head_dim(text) // 2
-    is_list = isinstance(sections, list | tuple) and all(type(number) is int and number >= 0 for number in sections)
-    if not is_list or not sections or len(sections) != 3 or sum(sections) != half:
+    numbers = sections if isinstance(sections, list | tuple) else []
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    if not whole or len(numbers) != 3 or sum(numbers) != half:
         what = f"{place} has mrope_section={sections}, which must be three whole numbers that add up to {half}"
         raise refusal(path, what, _CORRECT)
 
@@ -125,9 +126,8 @@ def _check_tower(vision: Any, hidden: int, path: str) -> None:
     if getattr(vision, "head_dim", None) not in (None, vision.hidden_size // vision.num_heads):
         raise refusal(path, f"config.json: vision_config.head_dim={vision.head_dim} is no field of the tower", _CORRECT)
     if (kind := (vision.rope_parameters or {}).get("rope_type", "axial")) not in ("axial", "default"):
-        raise refusal(
-            path, f"config.json: vision_config.rope_parameters has rope_type={kind}", "only axial is computed"
-        )
+        what = f"config.json: vision_config.rope_parameters has rope_type={kind}, and only axial is computed"
+        raise refusal(path, what, "give a model without it")
     window = getattr(vision, "window_size", None)
     if window is not None and window < vision.patch_size * vision.spatial_merge_size:
         what = f"config.json: vision_config.window_size={window} is less than one merged patch"
