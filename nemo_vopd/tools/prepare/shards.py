@@ -219,17 +219,22 @@ def write_chunks(
         waiting = {pool.submit(_write, write, job, workers // processes) for job in jobs}
     finally:
         sys.modules["__main__"] = main
+    started = set(multiprocessing.active_children()) - others
     try:
         while waiting:
+            # the pool watches the processes it knew when it last woke up, so it can miss the end of the newest one
+            all_alive = all(process.is_alive() for process in started)
             done, waiting = wait(waiting, _REPORT_SECONDS, FIRST_EXCEPTION)
-            now = records.value
+            now = records.get_obj().value  # without its lock, which a process that was killed may hold
             advance(now - told)
             told = now
             if errors := [error for error in (future.exception() for future in done) if error is not None]:
                 # a process that ended breaks the pool, and another may have had a reason to tell just before
                 raise next((e for e in errors if not isinstance(e, BrokenProcessPool)), RunError(_ENDED))
+            if waiting and not all_alive:
+                raise RunError(_ENDED)
     finally:
-        for process in set(multiprocessing.active_children()) - others:
+        for process in started:
             process.kill()  # a shard under way is left to the next start
         pool.shutdown(cancel_futures=True)
 

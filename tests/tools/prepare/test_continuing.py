@@ -173,7 +173,8 @@ def behave(job, _threads, advance):
         raise OptionError("source", "f", "cannot be read", "copy it")
     if job == "finds no room":
         raise OSError(28, "No space left on device")
-    if job == "dies":
+    if job.startswith("dies"):
+        time.sleep(2 if job == "dies late" else 0)
         os._exit(7)
     time.sleep(HANG)
 
@@ -184,6 +185,7 @@ def behave(job, _threads, advance):
         (("waits", "refuses"), (OptionError, "source=f: cannot be read; copy it")),
         (("waits", "finds no room", "waits"), (OSError, "No space left")),
         (("waits", "dies"), (RunError, "a process that writes shards ended")),
+        (("waits", "dies late"), (RunError, "a process that writes shards ended")),
     ],
 )
 def test_the_first_failure_is_told(jobs, expected):
