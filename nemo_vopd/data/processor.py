@@ -65,6 +65,12 @@ class Processor:
         return self.end_token_ids[0] if pad is None else pad
 
     @property
+    def pixel_limits(self) -> PixelConfig:
+        """The range of sizes in the model's own image processor, which transformers and vLLM use unless told."""
+        size = self.image_processor.size
+        return PixelConfig(size["shortest_edge"], size["longest_edge"])
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the model's embedding, padding included: the width of its logits."""
         return self.hf.text_config.vocab_size

@@ -56,6 +56,9 @@ def test_pixels_equal_the_public_image_processor(tiny_model, processor, size):
     values, grid = processor.patches(image(*size), PixelConfig(3136, 200704))
     assert torch.equal(values, output["pixel_values"]) and torch.equal(grid, output["image_grid_thw"])
     assert 3136 <= values.shape[0] * 196 <= 200704
+    # with the limits of its own file it is what transformers shows unless told
+    unless_told = public(images=[image(*size)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.patches(image(*size), processor.pixel_limits)[0], unless_told)
 
 
 def test_prompt_runs_through_the_hugging_face_model(processor, hf_model):

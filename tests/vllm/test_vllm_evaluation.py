@@ -37,7 +37,7 @@ def test_vllm_and_the_native_engine_reply_alike(config, server, groups, tmp_path
             engine: evaluate(configured(*same, *options, *more, f"output={tmp_path}/{engine}.json"))
             for engine, more in (("native", []), ("served", asked))
         }
-        native, served = (read_answers(tmp_path / f"{engine}.{name}.answers.jsonl", "output") for engine in outputs)
+        native, served = (read_answers(tmp_path / f"{engine}.{name}.answers.jsonl", "output")[1] for engine in outputs)
         # vLLM's incremental decoding of the tiny tokenizer begins with a space
         replies = [{(a.id, a.view): a.reply.strip() for a in answers} for answers in (native, served)]
         assert replies[0] == replies[1] and len(set(replies[0].values())) > 2, replies

@@ -106,9 +106,10 @@ class AnswersFile:
         self._file.close()
 
 
-def read_answers(path: Path, option: str) -> list[Answer]:
-    """The answers in `path`. Raises OptionError, naming `option`, when it is no answers file."""
-    return list(_read(path, option)[1].values())
+def read_answers(path: Path, option: str) -> tuple[dict[str, Any], list[Answer]]:
+    """Settings and answers in `path`. Raises OptionError, naming `option`, when it is no answers file."""
+    settings, answers = _read(path, option)
+    return settings, list(answers.values())
 
 
 def _read(path: Path, option: str) -> tuple[dict[str, Any], dict[tuple[str, str], Answer]]:

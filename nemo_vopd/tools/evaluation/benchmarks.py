@@ -46,6 +46,21 @@ class Source(NamedTuple):
     """Builds the question of a row of the given file. Raises ValueError with a reason for a row that cannot be used."""
 
 
+class Protocol(NamedTuple):
+    """How published numbers were made, beyond the prompts: greedy, without reasoning first."""
+
+    source: str
+    """Where that is said."""
+    pixels: tuple[int, int] | None
+    """Smallest and largest size of an image in pixels; None: those of the model's own image processor."""
+    max_response_length: int
+    """In tokens."""
+
+
+VISION_OPD = Protocol("VisionOPD/Vision-OPD, eval/run_eval.sh and infer.py", None, 32768)
+MINI_O3 = Protocol("Mini-o3/Mini-o3, README, Evaluation (in one turn, without its tool)", (40_000, 2_000_000), 8192)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A benchmark, where it comes from and how answers become its numbers."""
@@ -60,6 +75,8 @@ class Benchmark:
     """Whether the headline is the mean of the categories' accuracies, not the accuracy over all questions."""
     pairs: bool = False
     """Whether questions 2k-1 and 2k are a pair, so that the share of right pairs is reported too."""
+    protocol: Protocol | None = VISION_OPD
+    """What protocol=published is."""
 
     @property
     def sources(self) -> list[Source]:
@@ -260,7 +277,7 @@ _ALL = (
     Benchmark("mme-realworld", "MME-RealWorld", f"{_REALWORLD}-Lmms-eval; {_KIT} MME-RealWorld.tsv", None),
     Benchmark("mme-realworld-cn", "MME-RealWorld-CN", f"{_REALWORLD}-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", None),
     Benchmark("mme-realworld-lite", "MME-RealWorld-Lite", _LITE, 1919),
-    Benchmark("visualprobe", "VisualProbe", _LEVELS, 515, by_category=True),
+    Benchmark("visualprobe", "VisualProbe", _LEVELS, 515, by_category=True, protocol=MINI_O3),
     Benchmark("mmvp", "MMVP", _MMVP, 300, pairs=True),
     Benchmark("cv-bench", "CV-Bench", _CV_BENCH, 2638, by_category=True),
     Benchmark("mmstar", "MMStar", f"Lin-Chen/MMStar; {_KIT} MMStar.tsv", 1500),

@@ -6,16 +6,17 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from nemo_vopd.batch import View
-from nemo_vopd.config import DataConfig
+from nemo_vopd.config import DataConfig, PixelConfig
 from nemo_vopd.data.dataset import fingerprint, require_dataset
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
@@ -33,7 +34,7 @@ from nemo_vopd.tools.evaluation.questions import Question, stored_questions
 from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
 from nemo_vopd.vlm.build import build_vlm
 
-GAP = Benchmark("gap", "Full and crop view", "", None)
+GAP = Benchmark("gap", "Full and crop view", "", None, protocol=None)
 """The user's own Energon data set."""
 NUM_SHOWN = 3
 _NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
@@ -41,22 +42,25 @@ _NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluate as `config` says; prints tables, writes `config.output`, returns the results on rank 0."""
-    benchmarks, data = _benchmarks(config.benchmark), config.data
+    benchmarks, data, native = _benchmarks(config.benchmark), config.data, config.engine == "native"
     output_file = None if config.output is None else Path(config.output)
     for benchmark in benchmarks:
-        next(_questions(benchmark, data, []), None)  # a wrong column is told before the model is read
+        # a wrong column or option is told before the model is read
+        next(_questions(benchmark, data, []), None)
+        _setup(config, benchmark, PixelConfig() if native else None)
         if config.baseline is not None:
             _answers_of(config.baseline, benchmark.name)
     judge = None
     if config.judge.url is not None:
         judge = Judge(config.judge, None if output_file is None else _beside(output_file, "verdicts"))
-    native = config.engine == "native"
     name = config.model.hf_path if native else f"{config.server.model} at {config.server.url}"
-    (model, group), settings = _model(config), _settings(config)
-    output: dict[str, Any] = {"model": name, "engine": config.engine, "data": data.path}
-    output |= {"settings": settings, "results": {}, "comparison": {}}
+    under_test = _under_test(config)
+    output: dict[str, Any] = {"model": name, "engine": config.engine, "data": data.path, "protocol": config.protocol}
+    output |= {"settings": {}, "results": {}, "comparison": {}}
     for benchmark in benchmarks:
         unusable: list[str] = []
+        setup = _setup(config, benchmark, under_test.pixels)
+        output["settings"][benchmark.name] = settings = _settings(config, setup)
         with contextlib.ExitStack() as closing:
             file = None
             if output_file is not None and parallel.is_rank_zero():
@@ -67,8 +71,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
                 closing.callback(file.close)
             given = ask(
                 islice(_questions(benchmark, data, unusable), config.limit),
-                model,
-                group,
+                under_test.model(setup),
+                under_test.group,
                 file,
                 views=config.views,
                 batch_size=config.batch_size,
@@ -87,7 +91,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         result |= {"title": benchmark.title, "num_unusable": len(unusable)}
         output["results"][benchmark.name] = result
         if config.baseline is not None:
-            theirs = read_answers(_answers_of(config.baseline, benchmark.name), "baseline")
+            asked, theirs = read_answers(_answers_of(config.baseline, benchmark.name), "baseline")
+            for key in sorted(set(settings) & set(asked)):
+                if settings[key] != asked[key]:
+                    print(f"note: {key} was {asked[key]} for the baseline, and is {settings[key]} here", flush=True)
             found = compare(given, grades, theirs, grade_all(theirs, judge), by_category=by_category, seed=seed)
             if found is not None:
                 output["comparison"][benchmark.name] = {"baseline": config.baseline, **found}
@@ -125,23 +132,61 @@ def _questions(benchmark: Benchmark, data: DataConfig, unusable: list[str]) -> I
     return stored_questions(data.path, data, unusable)
 
 
-def _model(config: EvaluateConfig) -> tuple[Model, dist.ProcessGroup | None]:
-    """What is asked, and the ranks that share the questions."""
-    data, length = config.data, config.rollout.max_response_length
+class Setup(NamedTuple):
+    """How the questions of one benchmark are put."""
+
+    data: DataConfig
+    """Sizes of the views, and how crops are cut."""
+    max_response_length: int
+
+
+class UnderTest(NamedTuple):
+    """What is asked."""
+
+    model: Callable[[Setup], Model]
+    group: dist.ProcessGroup | None
+    """Ranks that share the questions; None: this process asks alone."""
+    pixels: PixelConfig | None
+    """Limits in the model's own image processor, where they are known."""
+
+
+def _setup(config: EvaluateConfig, benchmark: Benchmark, own: PixelConfig | None) -> Setup:
+    """The sizes and the length of a run's options, or those that the published numbers were made with."""
+    data, published = config.data, benchmark.protocol
+    if config.protocol == "training":
+        return Setup(data, config.rollout.max_response_length)
+    if published is None:
+        rule = "is for public benchmarks, and data.path is a data set of your own"
+        raise OptionError("protocol", config.protocol, rule, "name a benchmark, or set protocol=training")
+    pixels = own if published.pixels is None else PixelConfig(*published.pixels)
+    if own is None and published.pixels is not None:
+        body = config.server.extra_body or {}
+        wanted = dict(zip(("min_pixels", "max_pixels"), published.pixels, strict=True))
+        if body.get("mm_processor_kwargs") != wanted:
+            asked = "{mm_processor_kwargs:{" + ",".join(f"{k}:{v}" for k, v in wanted.items()) + "}}"
+            rule = f"shows {benchmark.title} at its own size, which a server has to be told"
+            raise OptionError("protocol", config.protocol, rule, f"set server.extra_body={asked} (vLLM)")
+    if pixels is not None:
+        data = replace(data, full=pixels, crop_pixels=pixels)
+    return Setup(data, published.max_response_length)
+
+
+def _under_test(config: EvaluateConfig) -> UnderTest:
     if config.engine == "native":
         groups = parallel.initialize(config.parallel, seed=config.seed)
         processor = Processor.from_pretrained(config.model.hf_path)
         decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
-        return _native_model(decoder, processor, data, length), groups.dp_cp
+        return UnderTest(partial(_native_model, decoder, processor), groups.dp_cp, processor.pixel_limits)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rule = "a server is asked by one process"
         raise OptionError("engine", config.engine, rule, "start it without torchrun")
-    return served_model(Endpoint(config.server, "server"), data, length), None
+    endpoint = Endpoint(config.server, "server")
+    return UnderTest(lambda setup: served_model(endpoint, setup.data, setup.max_response_length), None, None)
 
 
-def _native_model(decoder: Decoder, processor: Processor, data: DataConfig, max_response_length: int) -> Model:
-    """The model of `decoder`; images are resized as in training, by data.full and data.crop_pixels."""
-    params = greedy(processor, max_response_length)
+def _native_model(decoder: Decoder, processor: Processor, setup: Setup) -> Model:
+    """The model of `decoder`, asked as `setup` says."""
+    data, params = setup.data, greedy(processor, setup.max_response_length)
     pixels = {"full": data.full, "crop": data.crop_pixels}
 
     def reply(asked: list[Asked]) -> list[str | NotAnswered]:
@@ -173,10 +218,10 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, setup: Setup) -> dict[str, Any]:
     """What changes the replies, besides model and data."""
-    data = config.data
-    settings: dict[str, Any] = {"max_response_length": config.rollout.max_response_length}
+    data = setup.data
+    settings: dict[str, Any] = {"max_response_length": setup.max_response_length}
     if config.engine == "native":
         pixels = {"full": data.full, "crop": data.crop_pixels}
         settings["dtype"] = config.precision.dtype

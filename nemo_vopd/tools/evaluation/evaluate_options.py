@@ -46,6 +46,9 @@ class EvaluateConfig(Config):
     benchmark: Any = None
     """A public benchmark or a list of them, from files below data.path (--help lists them); null: data.path is an
     Energon data set with answers."""
+    protocol: str = bounded("training", one_of=("training", "published"))
+    """Sizes of images and length of replies: those of training (data, rollout.max_response_length), or those that the
+    published numbers of each benchmark were made with."""
     engine: str = bounded("native", one_of=("native", "server"))
     """Model under test: model.hf_path on Megatron-Core, or an OpenAI-compatible server."""
     server: EndpointConfig = field(default_factory=EndpointConfig)

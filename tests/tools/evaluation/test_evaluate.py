@@ -15,14 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import parse_meta
+from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.images import UnusableSample
+from nemo_vopd.tools.evaluation import evaluate as module
 from nemo_vopd.tools.evaluation.asking import Answer, AnswersFile, read_answers
 from nemo_vopd.tools.evaluation.chat_server import read_verdict
 from nemo_vopd.tools.evaluation.evaluate import evaluate, weights_fingerprint
@@ -30,7 +33,7 @@ from nemo_vopd.tools.evaluation.evaluate_options import check
 from nemo_vopd.tools.evaluation.questions import Question, classify, option_letter, parse_options
 from nemo_vopd.tools.evaluation.results import by_evidence_size, compare, grade_all, interval, summarise, wilson
 from nemo_vopd.tools.prepare.prepare import prepare
-from tests.distributed import HANG, ROOT, run_recipe
+from tests.distributed import HANG, ROOT, run_distributed, run_recipe
 from tests.helpers import read_lines
 from tests.test_recipes import PYTHON
 from tests.tools.evaluation.published import NUM, PUBLISHED, RIGHT, Server, png, reply, which
@@ -153,7 +156,7 @@ def test_what_one_request_loses_does_not_lose_the_others(vstar, tmp_path, capsys
         answers = {4: 500}
         with pytest.raises(RunError, match="HTTP 500"):
             evaluate(served(server.url, *options))
-        kept = read_answers(tmp_path / "out.vstar.answers.jsonl", "output")
+        _, kept = read_answers(tmp_path / "out.vstar.answers.jsonl", "output")
         assert len(kept) == 4
         # line ends of Unicode, half a surrogate pair and an empty reply can be kept and read again
         answers, asked = {4: 400, 5: "B\u2028\x85\ud800"}, len(server.requests)
@@ -448,13 +451,69 @@ def test_native_evaluation_alone_and_over_two_ranks(assets, tmp_path):
     assert one == two and one["num_samples"] == 21
     assert one["results"]["gap"]["by_evidence_size"] == []  # all boxes have one size
     replies = [
-        {(a.id, a.view): a.reply for a in read_answers(tmp_path / f"{name}.gap.answers.jsonl", "output")}
+        {(a.id, a.view): a.reply for a in read_answers(tmp_path / f"{name}.gap.answers.jsonl", "output")[1]}
         for name in ("alone", "shared")
     ]
     assert replies[0] == replies[1] and len(replies[0]) == 42
     assert (
         "full_accuracy" in alone.stdout and "crop_accuracy" in alone.stdout and "gap (crop less full)" in alone.stdout
     )
+
+
+def as_published(model, folder, *overrides):
+    """(size of the image in pixels, length of the reply) of every question that the native engine is asked."""
+    asked = []
+
+    class Recorder:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, views, ids, params):
+            processor = Processor.from_pretrained(model)
+            side = processor.image_processor.patch_size
+            asked.extend((int(view.grid_thw.prod()) * side**2, params.max_response_length) for view in views)
+            return [[(torch.tensor(processor.encode_answer("B")), torch.zeros(2))] for _ in views]
+
+    module.Decoder = Recorder
+    names = ["vstar", "visualprobe"]
+    options = [f"benchmark=[{','.join(names)}]", f"data.path={folder}", "views=[full]", "precision.dtype=fp32"]
+    output = evaluate(configured(f"model.hf_path={model}", *options, *overrides))
+    return asked, [output["settings"][name] for name in names]
+
+
+def test_published_numbers_have_their_own_sizes_and_lengths(assets, boxed, tmp_path, capsys):
+    """As its authors ran each benchmark, and none of a data set that nobody has published numbers of."""
+    for name, form in {"vstar": "parquet", "visualprobe": "json"}.items():
+        (tmp_path / name).mkdir()
+        PUBLISHED[name][form](tmp_path / name)
+    # a model whose own processor allows more than training shows by default
+    model = tmp_path / "model"
+    shutil.copytree(f"{assets}/tiny-vlm", model)
+    file = model / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"min_pixels": 31360, "max_pixels": 12845056}))
+    published = run_distributed(as_published, 1, model, tmp_path, "protocol=published")[0]
+    training = run_distributed(as_published, 1, model, tmp_path, "rollout.max_response_length=7")[0]
+    assert {length for _, length in published[0][:NUM]} == {32768} and {n for _, n in published[0][NUM:]} == {8192}
+    assert all(size >= 31360 for size, _ in published[0][:NUM])  # images of 84 by 56, enlarged
+    assert all(40_000 <= size < 2_000_000 for size, _ in published[0][NUM:])
+    assert set(training[0]) == {(84 * 56, 7)}
+    assert [each["pixels"]["full"] for each in published[1]] == [[31360, 12845056], [40_000, 2_000_000]]
+
+    with Server(lambda text, image: "B").running() as server:
+        options = ["protocol=published", f"data.path={tmp_path}", f"output={tmp_path}/out.json"]
+        evaluate(served(server.url, "benchmark=vstar", *options))
+        with pytest.raises(
+            OptionError, match=r"shows VisualProbe at its own size.*mm_processor_kwargs:{min_pixels:40000"
+        ):
+            evaluate(served(server.url, "benchmark=visualprobe", *options))
+        told = "server.extra_body={mm_processor_kwargs:{min_pixels:40000,max_pixels:2000000}}"
+        evaluate(served(server.url, "benchmark=visualprobe", told, *options))
+        assert [body["max_tokens"] for body, _ in server.requests] == NUM * [32768] + NUM * [8192]
+        with pytest.raises(OptionError, match="protocol=published: is for public benchmarks"):
+            evaluate(served(server.url, "protocol=published", f"data.path={boxed}"))
+        other = ["benchmark=vstar", f"data.path={tmp_path}", f"output={tmp_path}/other.json"]
+        evaluate(served(server.url, *other, f"baseline={tmp_path}/out.json"))
+        assert "note: max_response_length was 32768 for the baseline, and is 128 here" in capsys.readouterr().out
 
 
 def test_parts_of_a_blend_may_share_ids_and_other_data_are_refused(boxed, tmp_path):
