@@ -311,6 +311,7 @@ class TrainerConfig:
     log_every_n_steps: int = bounded(1, at_least=1)
     """Number of steps between lines in TensorBoard."""
     enable_progress_bar: bool = True
+    """Whether one live line shows the step, the loss and the time left."""
 
 
 @dataclass
@@ -337,10 +338,8 @@ class Config:
             "resume_ignore_no_checkpoint": True,
             "create_tensorboard_logger": True,
             "create_wandb_logger": False,
-            "create_checkpoint_callback": False,
-            "create_preemption_callback": False,
-            "log_step_timing": False,
-            "log_tflops_per_sec_per_gpu": False,
+            **dict.fromkeys(("create_checkpoint_callback", "create_preemption_callback"), False),
+            **dict.fromkeys(("log_step_timing", "log_tflops_per_sec_per_gpu"), False),
             "seconds_to_sleep": 0,
         }
     )

@@ -7,8 +7,11 @@ class OptionError(ValueError):
     """A wrong value given by the user; recipes print it as one line and exit with code 2."""
 
     def __init__(self, option: str, value: object, rule: str, remedy: str) -> None:
-        """Name the `option` as it is typed, the offending `value`, the `rule` it breaks and the `remedy`."""
-        super().__init__(f"{option}={value}: {rule}; {remedy}")
+        """Name the `option` as it is typed, the offending `value`, the `rule` it breaks and the `remedy`.
+
+        A `value` of ... stands for an option that was typed without one.
+        """
+        super().__init__(f"{option}{'' if value is ... else f'={value}'}: {rule}; {remedy}")
         self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
 
     def __reduce__(self):

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_vopd.bounds import check_bounds
+from nemo_vopd.command_line import did_you_mean, options
 from nemo_vopd.config import Config, CropConfig
 from nemo_vopd.errors import OptionError
 
 
 def typed[AnyT](cfg: DictConfig, schema: type[AnyT]) -> AnyT:
     """The composed Hydra config as a `schema`. Raises OptionError when a value is missing or out of bounds."""
+    _check_names(cfg, schema)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise OptionError(missing[0], "???", "has no default", f"give it on the command line: {missing[0]}=...")
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     check_bounds(config)
     return config
+
+
+def _check_names(cfg: DictConfig, schema: type) -> None:
+    """Raise OptionError for an option that `schema` does not have, or whose value is taken from the environment.
+
+    Hydra itself accepts unknown options that are written with a plus.
+    """
+    known = {option.name for option in options(schema)}
+    free = {option.name for option in options(schema) if option.is_free}
+    for name, value in _leaves(OmegaConf.to_container(cfg), known):  # type: ignore[arg-type]
+        parents = {name.rsplit(".", i)[0] for i in range(name.count(".") + 1)}
+        if name not in known and not parents & free:
+            raise OptionError(name, value, "no such option", did_you_mean(name, schema))
+        variable = re.search(r"\$\{oc\.env:(?!NEMO_VOPD_)([^,}]*)", str(value))
+        if variable:
+            rule = f"would write the environment variable {variable[1]} into config.yaml and every checkpoint"
+            raise OptionError(name, value, rule, "write the value itself; libraries read keys from the environment")
+
+
+def _leaves(values: dict, known: set[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(full name, value as it is written) of every option."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in known:
+            yield from _leaves(value, known, f"{name}.")
+        else:
+            yield name, value
 
 
 def from_hydra[ConfigT: Config](cfg: DictConfig, schema: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]

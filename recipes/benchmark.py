@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
@@ -177,4 +178,4 @@ def _gpu(config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "benchmark", verb="part")
+    run_recipe(main, Command(BenchmarkConfig, "benchmark", word="part"))

@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.config import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.validation import typed, validate
@@ -68,4 +69,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "convert_checkpoint", verb="action")
+    run_recipe(main, Command(ConvertConfig, "convert_checkpoint", word="action"))

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig, check
 from nemo_vopd.validation import from_hydra
 
@@ -35,8 +36,8 @@ def help_text() -> str:
     """What --help says about the benchmarks."""
     from nemo_vopd.tools.evaluation.benchmarks import help_text
 
-    return f"{__doc__}\nBenchmarks, where they are published and the columns they need:\n{help_text()}"
+    return f"Benchmarks, where they are published and the columns they need:\n{help_text()}"
 
 
 if __name__ == "__main__":
-    run_recipe(main, "evaluate", more_help=help_text)
+    run_recipe(main, Command(EvaluateConfig, "evaluate"), help_text)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.validation import from_hydra
@@ -50,4 +51,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "generate")
+    run_recipe(main, Command(GenerateConfig, "generate", texts=("prompt", "image")))

@@ -10,7 +10,6 @@ Neither torch nor Megatron is needed where this runs, so a cluster's login node 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # this environment has NeMo-Run and not this pack
 
 from nemo_vopd.bounds import bounded  # noqa: E402
 from nemo_vopd.cli import fail, run_recipe  # noqa: E402
+from nemo_vopd.command_line import Command, read  # noqa: E402
 from nemo_vopd.config import Config  # noqa: E402
 from nemo_vopd.errors import OptionError, RunError  # noqa: E402
 from nemo_vopd.validation import from_hydra, typed  # noqa: E402
@@ -176,18 +176,13 @@ def slurm_executor(run: Any, launch: LaunchConfig, config: Config, mounts: list[
 
 def read_training(arguments: list[str]) -> tuple[str, Config]:
     """Name and validated configuration of a training command line. Raises what recipes/train_vopd.py would raise."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config-name", "-cn", default="tiny")
-    try:
-        known, overrides = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        raise OptionError("--config-name", "", "has no value", "give the name of a file in conf/") from None
-    for override in overrides:
-        if override.startswith("-"):
-            flag, _, value = override.partition("=")
-            raise OptionError(flag, value, "is not known", "give --config-name NAME and option=value after --")
+    arguments, _ = read(arguments, Command(Config, None))
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    name = flags.pop().partition("=")[2]
+    if flags:
+        raise OptionError(flags[0], ..., "cannot be passed on", "give --config-name NAME and option=value after --")
     sys.argv[1:] = arguments  # a mistake is explained with the words that were typed
-    return known.config_name, from_hydra(hydra.compose(known.config_name, overrides))
+    return name, from_hydra(hydra.compose(name, [a for a in arguments if not a.startswith("-")]))
 
 
 def check(launch: LaunchConfig, config: Config) -> None:
@@ -280,4 +275,4 @@ if __name__ == "__main__":
     for word in sys.argv[1:]:
         if word.startswith(("--config-name", "-cn")):  # Hydra would take it for this recipe's own
             fail(str(OptionError(word, "", "is an option of the training run", "write it after --")))
-    run_recipe(lambda cfg: main(cfg, training), "launch")
+    run_recipe(lambda cfg: main(cfg, training), Command(LaunchConfig, "launch"))

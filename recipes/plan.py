@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.errors import OptionError, RunError
 from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.validation import from_hydra
@@ -60,4 +61,4 @@ def main(cfg: DictConfig, as_json: bool) -> None:
 if __name__ == "__main__":
     as_json = "--json" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--json"]
-    run_recipe(lambda cfg: main(cfg, as_json), "train_72b")
+    run_recipe(lambda cfg: main(cfg, as_json), Command(PlanConfig, "train_72b"))

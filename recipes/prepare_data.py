@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.config import CropConfig, PixelConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.options import PrepareOptions
@@ -95,4 +96,4 @@ def _verify(path: str, workers: int) -> None:
 if __name__ == "__main__":
     preview = "--preview" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--preview"]
-    run_recipe(lambda cfg: main(cfg, preview), "prepare_data")
+    run_recipe(lambda cfg: main(cfg, preview), Command(PrepareConfig, "prepare_data"))

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from nemo_vopd.bounds import bounded
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.config import Config, OptimizerConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.prepare import prepare
@@ -191,4 +192,4 @@ class Clock:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "quickstart")
+    run_recipe(main, Command(QuickstartConfig, "quickstart"))

@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
+from nemo_vopd.command_line import Command
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.report.page import write_report
 from nemo_vopd.tools.report.run_files import Results, is_run, read_results, read_run
@@ -100,4 +101,4 @@ def folders_as_option(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = folders_as_option(sys.argv[1:])
-    run_recipe(main, "report")
+    run_recipe(main, Command(ReportConfig, "report"))

@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_vopd.cli import run_recipe
-from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
+from nemo_vopd.command_line import Command
+from nemo_vopd.config import Config
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import from_hydra
 
@@ -21,6 +22,8 @@ def main(cfg: DictConfig) -> None:
     signals = StopSignals()
     signals.listen()
     config = from_hydra(cfg)
+    from nemo_vopd.tools.prepare.tiny_model import ensure_tiny_assets
+
     ensure_tiny_assets(Path(config.model.hf_path), Path(config.data.path))
     from nemo_vopd.tools.during_training import GapDuringTraining
     from nemo_vopd.training.run import train  # Megatron takes seconds to import: mistakes are told first
@@ -29,4 +32,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, "tiny")
+    run_recipe(main, Command(Config, None))

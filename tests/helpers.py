@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nemo_vopd.batch import Rollout
-from nemo_vopd.cli import CONF
+from nemo_vopd.command_line import CONF
 from nemo_vopd.config import Config
 from nemo_vopd.data.loader import build_train_loader
 from nemo_vopd.data.processor import Processor
@@ -18,7 +18,7 @@ from nemo_vopd.validation import from_hydra
 
 def tiny_config(assets: Path, exp_dir: Path, *overrides: str) -> Config:
     """`--config-name tiny` on the shared assets, quiet."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(
             "tiny",
             overrides=[

@@ -58,7 +58,7 @@ def test_megatron_has_few_doors():
 
 
 def test_hydra_stays_at_the_edge():
-    assert importers("hydra") == {"nemo_vopd.cli", "nemo_vopd.config"}
+    assert importers("hydra") == {"nemo_vopd.cli", "nemo_vopd.command_line", "nemo_vopd.config"}
 
 
 def test_one_word_names_one_thing():

@@ -55,6 +55,7 @@ class EvaluateConfig(Config):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Without judge.url, replies that rules cannot decide count as wrong."""
     views: list[str] = field(default_factory=lambda: ["full", "crop"])
+    """Views that are asked about: full, crop or both."""
     limit: int | None = bounded(None, at_least=1)
     """Number of questions, in stored order; null takes all."""
     batch_size: int = bounded(64, at_least=1)

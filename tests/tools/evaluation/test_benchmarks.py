@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 import recipes.evaluate  # noqa: F401  registers the options
-from nemo_vopd.cli import CONF
+from nemo_vopd.command_line import CONF
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation.benchmark_files import read_benchmark, read_rows
 from nemo_vopd.tools.evaluation.benchmarks import BENCHMARKS, find_benchmark, help_text
@@ -70,7 +70,7 @@ PROMPTS |= {"hrbench-8k": PROMPTS["hrbench-4k"], "mme-realworld-lite": PROMPTS["
 
 
 def configured(*overrides: str) -> EvaluateConfig:
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return from_hydra(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
 
 

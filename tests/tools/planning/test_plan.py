@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nemo_vopd.cli import CONF
+from nemo_vopd.command_line import CONF
 from nemo_vopd.config import Config
 from nemo_vopd.tools.planning.assumptions import PlanConfig
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
@@ -18,7 +17,7 @@ from nemo_vopd.validation import from_hydra
 from tests.distributed import ROOT, run_distributed, run_recipe
 from tests.helpers import tiny_config
 
-SHIPPED = sorted(file.stem for file in Path(CONF).glob("train_*.yaml"))
+SHIPPED = sorted(file.stem for file in CONF.glob("train_*.yaml"))
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vision_depth": 3}
 
 
@@ -175,7 +174,7 @@ def test_bytes_by_kind_are_those_of_a_real_model(name, assets, tmp_path):
 
 
 def shipped(name: str, *overrides: str) -> PlanConfig:
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return PlanConfig(**vars(from_hydra(compose(name, overrides=list(overrides)))))
 
 
