@@ -80,6 +80,8 @@ def run_recipe(
             fail(str(error), code=1)
         except (HydraException, OmegaConfBaseException) as error:
             fail(explain(error, command))
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
         except Exception:
             if not _distributed():
                 raise

@@ -56,8 +56,8 @@ class ParallelConfig:
     """Context-parallel size; only 1 is supported."""
     sequence: bool = False
     """Whether norms and residuals are split along the sequence within a tensor group (sequence parallelism)."""
-    timeout_minutes: int = bounded(10, at_least=1)
-    """Longest wait, in minutes, for another rank in an exchange of any process group; then the run ends."""
+    timeout_minutes: float = bounded(10.0, above=0)
+    """Longest wait, in minutes, for another rank, the loader's processes or a sign of work; then the run ends."""
 
 
 @dataclass

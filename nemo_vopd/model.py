@@ -198,7 +198,8 @@ class VisionOPDModel(ModelPT):
             arguments = self.config.data, self.config.distill.teacher_view, self.processor
             share = {"dp_rank": self.groups.dp_cp.rank(), "dp_size": self.groups.dp_cp.size()}
             where = {"seed": self.config.seed, "position": self._first_prompt}
-            self._prompts = build_train_loader(*arguments, **share, **where)
+            limit = 60 * self.config.parallel.timeout_minutes
+            self._prompts = build_train_loader(*arguments, **share, **where, timeout_seconds=limit)
         return self._prompts
 
     def on_train_start(self) -> None:
@@ -231,8 +232,8 @@ class VisionOPDModel(ModelPT):
             self.checkpointer.save(self, wait=reason is not None)
         if reason is not None:
             self.checkpointer.finish(wait=True)
-            self.control.write_status(reason, step, self.checkpointer.last)
             self.trainer.should_stop = True
+        self.control.write_status(reason or "running", step, self.checkpointer.last)
 
     def _scaling(self) -> dict[str, Tensor]:
         """What delayed FP8 scaling remembers, live."""

@@ -148,20 +148,37 @@ def wait_for_steps(folder: Path, num: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_signal_ends_a_run_in_order_and_the_same_command_resumes_it(assets, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_order_and_the_same_command_resumes_it(number, assets, tmp_path):
     command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}"]
     process = start(*command, "trainer.max_steps=100000", assets=assets)
     wait_for_steps(tmp_path, 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0, output[-2000:]
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["reason"] == "SIGTERM" and status["finished"] is False and status["step"] >= 2
+    assert status["reason"] == number.name and status["finished"] is False and status["step"] >= 2
+    assert ("interrupted: the run ends and is saved after this step" in output) == (number == signal.SIGINT)
     assert "the same command resumes it" in output
     done = run_recipe(*command, f"trainer.max_steps={status['step'] + 2}", NEMO_VOPD_TINY=str(assets))
     assert done.returncode == 0 and f"resuming after step {status['step']} from" in done.stdout
     assert json.loads((tmp_path / "status.json").read_text())["finished"] is True
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(status["step"] + 2))
+
+
+def test_a_second_interrupt_ends_a_run_at_once(assets, tmp_path):
+    command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}"]
+    # a sampled token takes a while, and a step many
+    process = start(*command, "trainer.max_steps=100000", "rollout.max_response_length=2000", assets=assets)
+    wait_for_steps(tmp_path, 1, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    output, _ = process.communicate(timeout=HANG)
+    assert process.returncode == 130 and "Traceback" not in output, output[-2000:]
+    assert output.strip().splitlines()[-1] == "interrupted: ended at once"
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["reason"] == "running" and status["step"] >= 1
 
 
 def test_a_signal_while_loading_is_not_lost(assets, tmp_path):

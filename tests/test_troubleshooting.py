@@ -13,7 +13,7 @@ from recipes.prepare_data import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
-QUICKSTART_OR_FILE = re.compile(r"warmup\.|.*\.(json|jsonl|md|pt|previous|py|tar|yaml)$")
+QUICKSTART_OR_FILE = re.compile(r"warmup\.|.*\.(json|jsonl|lock|md|pt|previous|py|tar|yaml)$")
 POSITION = {"OptionError": 0, "_require": 1}
 
 

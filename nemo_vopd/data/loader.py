@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import pickle
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from nemo_vopd.alive import beat
 from nemo_vopd.batch import DroppedSample, PromptBatch, RecordKey, Sample
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import Records
 from nemo_vopd.data.encoder import SampleEncoder
 from nemo_vopd.data.order import Order
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, RunError
 
 
 class PromptLoader(Iterator[PromptBatch]):
@@ -28,6 +30,7 @@ class PromptLoader(Iterator[PromptBatch]):
     def __init__(self, batches: DataLoader, batch_size: int, position: int) -> None:
         """`batches` yields this rank's share of global batches of `batch_size` prompts, from `position` on."""
         self._batches: Iterator[PromptBatch] = iter(batches)
+        self._timeout_seconds = batches.timeout
         self.batch_size, self.position = batch_size, position
         self._peeked: PromptBatch | None = None
 
@@ -40,7 +43,16 @@ class PromptLoader(Iterator[PromptBatch]):
     def peek(self) -> PromptBatch:
         """The batch that `next` will give."""
         if self._peeked is None:
-            self._peeked = next(self._batches)
+            try:
+                self._peeked = next(self._batches)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                beat()  # time to tell it: taking the run down waits for those processes once more
+                faulthandler.dump_traceback()
+                what = f"the loader's processes gave no batch within {self._timeout_seconds:g} seconds"
+                remedy = "see whether the storage of data.path answers, or raise parallel.timeout_minutes"
+                raise RunError(f"{what} (parallel.timeout_minutes); {remedy}") from None
         return self._peeked
 
     def close(self) -> None:
@@ -57,10 +69,12 @@ def build_train_loader(
     dp_rank: int,
     dp_size: int,
     position: int = 0,
+    timeout_seconds: float = 600.0,
 ) -> PromptLoader:
     """The loader of rank `dp_rank`: `data.batch_size / dp_size` prompts of each global batch, from `position` on.
 
-    The global order follows from `seed` and the data sets alone (`nemo_vopd.data.order`).
+    A batch for which its processes need longer than `timeout_seconds` ends the run. The global order follows from
+    `seed` and the data sets alone (`nemo_vopd.data.order`).
 
     Raises OptionError when `data.path` is neither an Energon data set nor a blend (*.yaml) of some, or the batch does
     not divide.
@@ -80,6 +94,7 @@ def build_train_loader(
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=data.num_workers,
         multiprocessing_context="fork" if data.num_workers else None,
+        timeout=timeout_seconds if data.num_workers else 0,  # else this process reads, and alive.py watches it
         generator=torch.Generator(),  # the iterator draws a seed, which must not come from the global generator
     )
     return PromptLoader(batches, data.batch_size, position)

@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            distributed_timeout_minutes=parallel.timeout_minutes,
+            distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # it becomes a timedelta
             create_gloo_process_groups=False,
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -125,6 +126,20 @@ def gather_all(items: list, group: dist.ProcessGroup) -> list:
     gathered: list = [None] * group.size()
     dist.all_gather_object(gathered, items, group=group)
     return [item for part in gathered for item in part]
+
+
+def on_rank_zero[ResultT](function: Callable[[], ResultT]) -> ResultT:
+    """`function()` of rank 0 on every rank; an exception there is raised everywhere. Collective."""
+    box: list = [None, None]
+    if is_rank_zero():
+        try:
+            box = [function(), None]
+        except Exception as error:
+            box = [None, error]
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def is_first_stage(groups: ProcessGroupCollection) -> bool:

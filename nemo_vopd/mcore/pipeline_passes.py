@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from nemo_vopd.alive import beat
 from nemo_vopd.batch import MicroBatch
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.fp8 import roll_history
@@ -27,6 +28,7 @@ def _run(
     interleaved = len(chunks) > 1
 
     def forward_step(iterator, model):
+        beat()
         index, batch = next(iterator)
         patches = None
         if model is chunks[0] and parallel.is_first_stage(groups):  # the only chunk that reads them

@@ -26,7 +26,7 @@ from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel, sharded_state
 from nemo_vopd.mcore.stage import WeightRule
-from nemo_vopd.training.manifest import read_manifest, write_manifest
+from nemo_vopd.training.manifest import check_digests, own_digests, read_manifest, write_manifest
 from nemo_vopd.vlm.build import build_vlm, check_model, hf_config, shape_of
 from nemo_vopd.vlm.language import LAYER_RULES
 from nemo_vopd.vlm.weights.names import is_frozen, split_fused
@@ -51,6 +51,7 @@ def export_checkpoint(config: Config, checkpoint: Path, kind: str, output: Path)
         raise OptionError("model.hf_path", source, rule, "give the directory that training started from")
     if parallel.world_size() > 1:
         parallel.initialize(config.parallel, seed=config.seed)
+    check_digests(checkpoint, manifest)
     try:
         export(checkpoint.resolve(), kind, source, output, hf, FreezeConfig(**manifest["config"]["model"]["freeze"]))
     except (pickle.UnpicklingError, OSError) as error:
@@ -76,9 +77,10 @@ def import_model(config: Config, output: Path) -> None:
     # student and teacher of the checkpoint are alike, in float32
     shards = {name: (p.detach().float().cpu().reshape(-1), 0) for name, p in stage.named_parameters()}
     sharded_state.save_request({"student": shards, "teacher": shards}, stage, groups, partial).execute_sync()
+    digests = parallel.gather_all(own_digests(partial), dist.group.WORLD)  # type: ignore[arg-type]
     if parallel.is_rank_zero():
         shape, content = dataclasses.asdict(shape_of(config)), dataclasses.asdict(config)
-        write_manifest(partial, {"step": 0, "model": shape, "config": content})
+        write_manifest(partial, {"step": 0, "model": shape, "config": content}, dict(digests))
         partial.rename(output)
         print(f"wrote the weights of {config.model.hf_path} to {output}", flush=True)
     dist.barrier()

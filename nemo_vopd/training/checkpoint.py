@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_vopd.alive import beat
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import fingerprint
 from nemo_vopd.errors import OptionError, RunError
@@ -23,7 +24,14 @@ from nemo_vopd.mcore import cpu, parallel, sharded_state
 from nemo_vopd.mcore.rng import restore_rng, rng_state
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.training.environment import versions
-from nemo_vopd.training.manifest import CheckpointFolder, read_manifest, read_state, write_state
+from nemo_vopd.training.manifest import (
+    CheckpointFolder,
+    check_digests,
+    own_digests,
+    read_manifest,
+    read_state,
+    write_state,
+)
 from nemo_vopd.vlm.layout import ModelShape
 
 
@@ -73,6 +81,7 @@ class Checkpointer:
         Raises RunError when it cannot be written; complete checkpoints stay as they are.
         """
         self.finish(wait=True)
+        beat()
         step = run.global_step
         if self.last is not None and self.last.name == f"step-{step:08d}":
             return
@@ -81,7 +90,7 @@ class Checkpointer:
         dist.all_gather_object(states, rng_state())
         try:
             self._make_room(tensors)
-            partial = _from_rank_zero(lambda: self.folder.begin())
+            partial = parallel.on_rank_zero(lambda: self.folder.begin())
             request = sharded_state.save_request(tensors, run.student, run.groups, partial)
             manifest = _manifest(self.config, run.shape, step)
             request.add_finalize_fn(lambda: self._commit(partial, manifest, {**state, "rng": states}))
@@ -102,11 +111,9 @@ class Checkpointer:
     def _commit(self, partial: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
         """The last thing of a save, when every rank's files are on disk."""
 
-        def commit() -> Path:
-            write_state(partial, state)
-            return self.folder.commit(partial, manifest)
-
-        self.last = _from_rank_zero(commit)
+        parallel.on_rank_zero(lambda: write_state(partial, state))
+        digests = parallel.gather_all(own_digests(partial), dist.group.WORLD)  # type: ignore[arg-type]
+        self.last = parallel.on_rank_zero(lambda: self.folder.commit(partial, manifest, dict(digests)))
 
     def _make_room(self, tensors: dict[str, sharded_state.Shards]) -> None:
         """Raise OSError early, and on every rank, where the disk cannot take the checkpoint; older ones go first."""
@@ -121,7 +128,7 @@ class Checkpointer:
                     return OSError(f"{float(total) / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free")
             return None
 
-        error = _from_rank_zero(check)
+        error = parallel.on_rank_zero(check)
         if error is not None:
             raise error
 
@@ -142,14 +149,13 @@ class Checkpointer:
         Raises OptionError when that cannot be.
         """
         path = path.resolve()
-        manifest = _from_rank_zero(lambda: read_manifest(path))
-        if "state.pt" not in manifest["files"]:
-            rule = "holds weights alone, no run to resume"
-            raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
-        _check_same_run(manifest, self.config, run.shape)
+        manifest = parallel.on_rank_zero(lambda: read_manifest(path))
+        _check_manifest(path, manifest, self.config, run.shape)
+        check_digests(path, manifest)
         state = _in_todays_order(read_state(path), manifest)
         remedy = "delete it to resume from the one before it"
         try:
+            beat()
             sharded_state.check_metadata(path)
             sharded_state.load(run.sharded_state(), run.student, run.groups, path)
             run.restore(state)
@@ -162,25 +168,6 @@ class Checkpointer:
             logging.info("resuming in another layout: generators start from the seed")
         self.last = path
         return state["step"]
-
-
-def _from_rank_zero(function):
-    """`function()` of rank 0 on every rank; an exception there is raised everywhere."""
-    box: list = [None]
-    if parallel.is_rank_zero():
-        try:
-            box = [function()]
-        except Exception as error:
-            box = [_Failure(error)]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], _Failure):
-        raise box[0].error
-    return box[0]
-
-
-@dataclasses.dataclass
-class _Failure:
-    error: Exception
 
 
 def _layout(config: Config) -> dict[str, Any]:
@@ -213,8 +200,17 @@ def _in_todays_order(state: dict[str, Any], manifest: dict[str, Any]) -> dict[st
     return {**state, "prompts": prompts, "ahead": []}
 
 
-def _check_same_run(manifest: dict[str, Any], config: Config, shape: ModelShape) -> None:
-    """Raise OptionError where the options contradict what the checkpoint was written with."""
+def check_same_run(folder: CheckpointFolder, config: Config, shape: ModelShape) -> None:
+    """Raise OptionError where the options contradict the newest checkpoint in `folder`, if there is one."""
+    if complete := folder.complete():
+        _check_manifest(complete[-1], read_manifest(complete[-1]), config, shape)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any], config: Config, shape: ModelShape) -> None:
+    """Raise OptionError where the options contradict what the checkpoint `path` was written with."""
+    if "state.pt" not in manifest["files"]:
+        rule = "holds weights alone, no run to resume"
+        raise OptionError("checkpoint", path, rule, "give its model as model.hf_path instead")
     anew = "or start anew in another exp_manager.exp_dir"
     was = manifest["model"]
     differs = [f"{key} {was.get(key)}" for key, value in dataclasses.asdict(shape).items() if value != was.get(key)]

@@ -10,6 +10,7 @@ complete, whatever moment a crash chose.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from nemo_vopd.alive import beat
 from nemo_vopd.errors import OptionError
 
 FORMAT = "nemo_vopd checkpoint 1"
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL = ".partial-"
+_REMEDY = "take another checkpoint (a run resumes from the one before when this one is deleted)"
 
 
 class CheckpointFolder:
@@ -71,9 +75,9 @@ class CheckpointFolder:
         partial.mkdir(parents=True)
         return partial
 
-    def commit(self, partial: Path, manifest: dict[str, Any]) -> Path:
+    def commit(self, partial: Path, manifest: dict[str, Any], digests: dict[str, str]) -> Path:
         """Give the finished `partial` its name, point `last` at it, and delete the oldest ones."""
-        write_manifest(partial, manifest)
+        write_manifest(partial, manifest, digests)
         final = self.path / f"step-{manifest['step']:08d}"
         if final.exists():  # the same step again, after a resume that changed nothing
             shutil.rmtree(final)
@@ -100,34 +104,86 @@ class CheckpointFolder:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         temporary.symlink_to(checkpoint.name)
-        os.replace(temporary, self.path / "last")
+        link = self.path / "last"
+        if link.is_dir() and not link.is_symlink():
+            rule = "is a folder where the link to the newest checkpoint belongs"
+            raise OptionError("exp_manager.exp_dir", link, rule, "rename it: step-NNNNNNNN if it is a checkpoint")
+        os.replace(temporary, link)
 
 
-def write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest`, with the format and the size of every file in `partial`, as the last file there."""
+def own_digests(partial: Path) -> list[tuple[str, str]]:
+    """(name, SHA-256) of the files that this rank wrote into `partial`: fresh, they are read from memory.
+
+    Megatron puts the rank of the writer into the names of its files; rank 0 wrote those without one.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [(file.name, _digest(file)) for file in sorted(partial.iterdir()) if _writer(file.name) == rank]
+
+
+def check_digests(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Read every file once, each by one rank, and compare it with what was written. Raises OptionError; collective.
+
+    In the layout of the save each rank reads the files it is about to load.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    digests = manifest.get("sha256", {})  # version 0.1 wrote none
+    mine = [name for name in sorted(digests) if _writer(name) % size == rank]
+    wrong = [name for name in mine if _digest(checkpoint / name) != digests[name]]
+    if size > 1:
+        gathered: list = [None] * size
+        dist.all_gather_object(gathered, wrong)
+        wrong = [name for names in gathered for name in names]
+    if wrong:
+        raise OptionError("checkpoint", checkpoint, f"is damaged: {wrong[0]} is not what was written", _REMEDY)
+
+
+def _digest(file: Path) -> str:
+    beat()
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote the file `name` of a checkpoint."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
+    return int(found[1]) if found else 0
+
+
+def write_manifest(partial: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
+    """Write `manifest`, with the format, size and digest of every file in `partial`, as the last file there."""
     sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    assert sizes.keys() == digests.keys(), "a file of the checkpoint was written by nobody"
     with open(partial / "manifest.json", "w") as file:
-        file.write(json.dumps({"format": FORMAT, **manifest, "files": sizes}, indent=1))
+        file.write(json.dumps({"format": FORMAT, **manifest, "files": sizes, "sha256": digests}, indent=1))
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of `checkpoint`. Raises OptionError when the folder is foreign or files are missing or cut off."""
-    remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
-        sizes = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError("checkpoint", checkpoint, f"is not a checkpoint of this program ({error})", remedy) from None
+        if (found := manifest.get("format")) != FORMAT:
+            raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+        sizes, config = dict(manifest["files"]), manifest["config"]
+        for value, kind in ((manifest["step"], int), (manifest["model"], dict), (config["model"]["freeze"], dict)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} is no {kind.__name__}")
+        if manifest["step"] < 0:
+            raise ValueError(f"it is of step {manifest['step']}")
+        if "state.pt" in sizes:  # what a run is continued from
+            _ = manifest["data"], manifest["layout"], config["seed"], config["distill"]["teacher"]["kind"]
+    except KeyError as error:
+        raise OptionError("checkpoint", checkpoint, f"is damaged: manifest.json lacks {error}", _REMEDY) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise OptionError("checkpoint", checkpoint, f"is not a checkpoint of this program ({error})", _REMEDY) from None
     for name, size in sizes.items():
         file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
+        found = file.stat().st_size if file.is_file() and Path(name).name == name else None
         if found != size:
             rule = f"{name} is missing" if found is None else f"{name} has {found} bytes of {size}"
-            raise OptionError("checkpoint", checkpoint, f"is damaged: {rule}", remedy)
+            raise OptionError("checkpoint", checkpoint, f"is damaged: {rule}", _REMEDY)
     return manifest
 
 
@@ -145,8 +201,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         rule = f"state.pt cannot be read ({str(error).splitlines()[0]})"
-        remedy = "take another checkpoint (a run resumes from the one before when this one is deleted)"
-        raise OptionError("checkpoint", checkpoint, rule, remedy) from None
+        raise OptionError("checkpoint", checkpoint, rule, _REMEDY) from None
 
 
 def _sync_folder(path: Path) -> None:

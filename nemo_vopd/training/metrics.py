@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging
 from torch import Tensor
 
+from nemo_vopd.alive import beat
 from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
 from nemo_vopd.distill.fused import TokenStats
 from nemo_vopd.distill.importance import mismatch
@@ -171,6 +172,7 @@ class Timers:
     def __call__(self, phase: str) -> Iterator[None]:
         """Time `phase`; GPU work queued in it is waited for, so that seconds belong to their phase."""
         start = time.perf_counter()
+        beat()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -207,9 +209,9 @@ class MetricsFile:
 
 def keep_lines_before(path: Path, step: int) -> None:
     """Leave only the lines of the JSONL file `path` whose "step" is below `step`; makes the file if there is none."""
-    kept = [line for line in path.read_text().splitlines() if _step(line) < step] if path.exists() else []
+    kept = [line for line in path.read_bytes().splitlines() if _step(line) < step] if path.exists() else []
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     temporary.replace(path)
 
 
@@ -227,11 +229,11 @@ def distinct_2(rollouts: list[Rollout]) -> tuple[float, int]:
     return total, num
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line cut off by a crash
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a crash, or none of ours
 
 
 class ProgressBar(TQDMProgressBar):

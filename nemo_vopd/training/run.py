@@ -11,10 +11,12 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
+from nemo_vopd.alive import watched
 from nemo_vopd.cli import quiet_announcements
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import require_dataset
@@ -22,9 +24,10 @@ from nemo_vopd.errors import EngineLost, OptionError
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
-from nemo_vopd.training.checkpoint import Checkpointer
+from nemo_vopd.training.checkpoint import Checkpointer, check_same_run
 from nemo_vopd.training.environment import describe, write_facts
 from nemo_vopd.training.metrics import ProgressBar
+from nemo_vopd.training.run_lock import RunLock
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.training.stopping import RunControl
 from nemo_vopd.vlm.build import check_model, shape_of
@@ -61,12 +64,26 @@ def train(config: Config, signals: StopSignals | None = None, evaluation: Evalua
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its hardware list; `describe` tells more
     _make_folder(config)
     groups = parallel.initialize(config.parallel, seed=config.seed)
-    if parallel.is_rank_zero():
-        folder = Checkpointer(config).folder
-        folder.repair()
-        if not config.exp_manager["resume_if_exists"] and (aside := folder.set_aside()):
-            print(f"the checkpoints of an earlier run are in {aside} now", flush=True)
-    dist.barrier()
+    lock = RunLock(Path(config.exp_manager["exp_dir"]))
+    parallel.on_rank_zero(lock.acquire)
+    try:
+        with watched(config.parallel.timeout_minutes):
+            return _run(config, groups, signals, evaluation)
+    finally:
+        lock.release()
+
+
+def _run(
+    config: Config, groups: ProcessGroupCollection, signals: StopSignals | None, evaluation: Evaluation | None
+) -> VisionOPDModel:
+    """The run in its locked folder."""
+    folder = Checkpointer(config).folder
+    if config.exp_manager["resume_if_exists"]:
+        # refused before anything in the folder changes
+        parallel.on_rank_zero(lambda: check_same_run(folder, config, shape_of(config)))
+    elif (aside := parallel.on_rank_zero(folder.set_aside)) and parallel.is_rank_zero():
+        print(f"the checkpoints of an earlier run are in {aside} now", flush=True)
+    parallel.on_rank_zero(folder.repair)
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
     start_experiment(trainer, config)
@@ -78,18 +95,23 @@ def train(config: Config, signals: StopSignals | None = None, evaluation: Evalua
     last, trainer.ckpt_path = trainer.ckpt_path, None
     model = VisionOPDModel(config, groups, trainer, None if evaluation is None else evaluation.measure)
     model.control.signals = signals or model.control.signals
-    with model.control.signals:
-        step = 0 if last is None else model.checkpointer.restore(model, Path(last))
-        if evaluation is not None and not step:
-            evaluation.begin()
-        if parallel.is_rank_zero() and step:
-            print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
-        if reason := model.control.stop_reason(step):
-            model.control.write_status(reason, step, model.checkpointer.last)
-        else:
-            trainer.fit(model)
-            if evaluation is not None:
-                evaluation.finish(model)
+    try:
+        with model.control.signals:
+            step = 0 if last is None else model.checkpointer.restore(model, Path(last))
+            if evaluation is not None and not step:
+                evaluation.begin()
+            if parallel.is_rank_zero() and step:
+                print(f"resuming after step {step} from {model.checkpointer.last}", flush=True)
+            if reason := model.control.stop_reason(step):
+                model.control.write_status(reason, step, model.checkpointer.last)
+            else:
+                trainer.fit(model)
+                if evaluation is not None:
+                    evaluation.finish(model)
+    except BaseException:
+        if model.control.reason == "running":
+            model.control.write_status("error", trainer.global_step, model.checkpointer.last)
+        raise
     _tell_end(model)
     return model
 

@@ -1,17 +1,22 @@
-"""SIGTERM and SIGUSR1, remembered. Imports nothing heavy: a recipe listens before it loads Megatron."""
+"""SIGINT, SIGTERM and SIGUSR1, remembered. Imports nothing heavy: a recipe listens before it loads Megatron."""
 
 from __future__ import annotations
 
+import os
 import signal
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While entered, remembers SIGTERM and SIGUSR1: the run ends at the next step boundary, not in a collective."""
+    """While entered, remembers the signals: the run ends at the next step boundary, not in a collective.
+
+    A second SIGINT (Ctrl-C) ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> StopSignals:
         """Listen."""
@@ -30,4 +35,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if name == "SIGINT" and os.getpid() == self._process:  # a terminal sends it to the loader's processes, too
+            again = self.received == name
+            if again or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+                then = "ended at once" if again else "the run ends and is saved after this step; again: ends at once"
+                os.write(2, f"\ninterrupted: {then}\n".encode())  # safe in a handler
+            if again:
+                os._exit(130)
+        self.received = name

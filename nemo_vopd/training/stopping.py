@@ -17,7 +17,7 @@ from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import seconds
 
-REASONS = ("max_steps", "early_stop", "max_time", "SIGTERM", "SIGUSR1")
+REASONS = ("max_steps", "early_stop", "max_time", "SIGINT", "SIGTERM", "SIGUSR1")
 """Reasons for an orderly end. After the first two a run is finished; after the others it can be resumed."""
 FINISHED = ("max_steps", "early_stop")
 
@@ -30,6 +30,8 @@ class RunControl:
         self.config = config
         self.status_file = Path(config.exp_manager["exp_dir"]) / "status.json"
         self.signals = StopSignals()
+        self.reason: str | None = None
+        """What status.json says."""
         self.skipped_in_a_row = 0
         self.outside_in_a_row = 0
         self._start = self._step_start = time.monotonic()
@@ -92,6 +94,7 @@ class RunControl:
 
     def write_status(self, reason: str, step: int, checkpoint: Path | None) -> None:
         """status.json: whether the run is finished, for scripts that decide about another job."""
+        self.reason = reason
         if not parallel.is_rank_zero():
             return
         status = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -148,11 +149,40 @@ def foreign(checkpoint: Path, ran: Path) -> None:
 
 
 def rewrite(checkpoint: Path, name: str, data: bytes) -> None:
-    """Replace a file and its size in the manifest, as somebody with bad intentions would."""
+    """Replace a file, and its size and digest in the manifest, as somebody with bad intentions would."""
     (checkpoint / name).write_bytes(data)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][name] = len(data)
+    manifest["files"][name], manifest["sha256"][name] = len(data), hashlib.sha256(data).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip(checkpoint: Path, ran: Path) -> None:
+    shard = next(checkpoint.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[-40] ^= 1
+    shard.write_bytes(data)
+
+
+def exchange(checkpoint: Path, ran: Path) -> None:
+    shard = next(checkpoint.glob("*.distcp"))
+    shutil.copy(checkpoint.with_name("step-00000001") / shard.name, shard)
+
+
+def lack(key: str, value: object = None):
+    """Take `key` out of the manifest, or give it another value."""
+
+    def damage(checkpoint: Path, ran: Path) -> None:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest[key] = value
+        if value is None:
+            del manifest[key]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def no_manifest(text: str):
+    return lambda checkpoint, ran: (checkpoint / "manifest.json").write_text(text)
 
 
 def evil_metadata(checkpoint: Path, ran: Path) -> None:
@@ -172,6 +202,14 @@ def evil_state(checkpoint: Path, ran: Path) -> None:
         (foreign, "is not a checkpoint of this program"),
         (evil_metadata, r"cannot be read \(_?io.open does not belong there\)"),
         (evil_state, "state.pt cannot be read"),
+        (flip, r"is damaged: \S+\.distcp is not what was written; take another"),
+        (exchange, r"is damaged: \S+\.distcp (is not what was written|has \d+ bytes of \d+); take another"),
+        (lack("config"), "is damaged: manifest.json lacks 'config'"),
+        (lack("data"), "is damaged: manifest.json lacks 'data'"),
+        (lack("step", -5), "is not a checkpoint of this program .it is of step -5"),
+        (lack("step", "two"), "is not a checkpoint of this program .'two' is no int"),
+        (no_manifest("[1]"), "is not a checkpoint of this program"),
+        (no_manifest(""), "is not a checkpoint of this program"),
     ],
 )
 def test_damaged_and_foreign_checkpoints_give_one_line(damage, message, finished, assets, tmp_path):
@@ -212,8 +250,10 @@ def test_a_checkpoint_of_version_0_1_is_resumed(finished, assets, tmp_path):
 def test_options_that_contradict_the_checkpoint_are_refused(override, message, finished, assets, tmp_path):
     write_tiny_model(tmp_path / "other", seed=1, num_hidden_layers=2)
     config = configure(assets, finished, "trainer.max_steps=3", override.format(other=tmp_path / "other"))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(RuntimeError, match=message):
         run_distributed(run, 1, config)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_stays_finished_and_keeps_two_checkpoints(finished, assets):
@@ -223,6 +263,23 @@ def test_a_finished_run_stays_finished_and_keeps_two_checkpoints(finished, asset
     names = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert names == ["last", "step-00000001", "step-00000002"]
     assert os.readlink(finished / "checkpoints" / "last") == "step-00000002"
+
+
+def test_metrics_that_are_no_lines_of_ours_do_not_stop_a_resume(finished, assets, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'[1]\n\xff\xfe\n{"step": null}\n7\n')
+    assert run_distributed(run, 1, configure(assets, tmp_path / "run", "trainer.max_steps=3")) == [3]
+    assert [line["step"] for line in read_lines(metrics)] == [0, 1, 2]
+
+
+def test_a_folder_in_the_place_of_the_newest_checkpoints_link_is_told(finished, assets, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    link = tmp_path / "run" / "checkpoints" / "last"
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(RuntimeError, match=r"OptionError: exp_manager.exp_dir=\S+/last: is a folder where the link"):
+        run_distributed(run, 1, configure(assets, tmp_path / "run", "trainer.max_steps=3"))
 
 
 def test_a_run_that_starts_anew_sets_earlier_checkpoints_aside(finished, assets, tmp_path):

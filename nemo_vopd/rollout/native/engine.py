@@ -11,6 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from nemo_vopd.alive import beat
 from nemo_vopd.batch import Rollout, Sample, View
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
@@ -90,6 +91,7 @@ class Decoder:
     def _advance(self, batches: list[DecodingBatch]) -> None:
         """Decode until nothing is left. Every rank sees the same tokens, so all choose the same inputs in order."""
         while batches:
+            beat()
             going = []
             for index in range(len(self.stage.chunks)):
                 for batch in batches if index == 0 else going:

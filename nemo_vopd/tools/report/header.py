@@ -16,6 +16,7 @@ _STATUS = {
     "max_steps": "finished: all steps are done",
     "early_stop": "finished: distill.early_stop ended it",
     "max_time": "stopped at trainer.max_time; the same command resumes it",
+    "SIGINT": "stopped by Ctrl-C; the same command resumes it",
     "SIGTERM": "stopped by SIGTERM; the same command resumes it",
     "SIGUSR1": "stopped by SIGUSR1; the same command resumes it",
     "running": "still running, or ended without a word",

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_vopd.alive import beat
 from nemo_vopd.errors import OptionError
 from nemo_vopd.hf_directory import DTYPES, weight_files
 from nemo_vopd.mcore import parallel
@@ -74,6 +75,7 @@ class HFReader:
 
     def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor `name` (canonical), or its part [start, stop) along `dim` (0 or 1); only that part is read."""
+        beat()
         lazy = self._handle(self._file[name]).get_slice(self.original_name[name])
         if start == 0 and stop is None:
             return lazy[:]
