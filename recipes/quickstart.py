@@ -103,6 +103,7 @@ def main(cfg: DictConfig) -> None:
         "crop_accuracy_before": before.crop_accuracy,
         "crop_accuracy_after": after.crop_accuracy,
         "gap_closed": (after.full_accuracy - before.full_accuracy) / max(before.gap, 1e-9),
+        "num_test_samples": len(after.replies),
         "wall_seconds": time.perf_counter() - start,
         "seed": config.seed,
         "teacher_view": config.distill.teacher_view,

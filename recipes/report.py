@@ -1,8 +1,12 @@
 """One self-contained HTML page about a run, made from the files in its folder; two folders are compared.
 
     python recipes/report.py runs/NAME
-    python recipes/report.py runs/NAME runs/BASELINE output=compared.html
+    python recipes/report.py runs/NAME runs/BASELINE
     python recipes/report.py runs/NAME results=[after.json] baseline_results=[before.json]
+
+The page of one run is runs/NAME/report.html. A comparison is a page of its own, runs/NAME/report-NAME-vs-BASELINE.html,
+and leaves the page of each run as it is; `output` names another file. Runs are called by the part of their paths in
+which they differ: runs/a/train and runs/b/train are a and b.
 
 Any run will do: finished, running, crashed, with files missing. Results of recipes/evaluate.py in `results` of the
 run's folder are picked up by themselves.
@@ -22,7 +26,7 @@ from nemo_vopd.cli import run_recipe
 from nemo_vopd.command_line import Command
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.report.page import write_report
-from nemo_vopd.tools.report.run_files import Results, is_run, read_results, read_run
+from nemo_vopd.tools.report.run_files import Results, is_run, names_apart, read_results, read_run
 from nemo_vopd.validation import typed
 
 
@@ -33,7 +37,7 @@ class ReportConfig:
     runs: list[str] = dataclasses.field(default_factory=list)
     """The run's folder, and that of a run to compare it with; may be given as words without `runs=`."""
     output: str | None = None
-    """The HTML file; null: report.html in the run's folder."""
+    """The HTML file; null: in the run's folder report.html, or report-NAME-vs-BASELINE.html for two runs."""
     results: list[str] = dataclasses.field(default_factory=list)
     """JSON files of recipes/evaluate.py about this run, besides those in `results` of its folder."""
     baseline_results: list[str] = dataclasses.field(default_factory=list)
@@ -50,7 +54,13 @@ def main(cfg: DictConfig) -> None:
     if not 1 <= len(folders) <= 2:
         value = f"[{','.join(config.runs)}]"
         raise OptionError("runs", value, "must be one folder, or two to compare", "give recipes/report.py runs/NAME")
-    output = Path(config.output) if config.output else folders[0] / "report.html"
+    page = "report.html"
+    if len(folders) > 1:
+        if os.path.samefile(*folders):
+            raise OptionError("runs", f"[{','.join(config.runs)}]", "is one folder twice", "give two runs, or one")
+        names = names_apart(*folders)
+        page = f"report-{names[0]}-vs-{names[1]}.html".replace("/", "-")
+    output = Path(config.output) if config.output else folders[0] / page
     if os.path.isdir(output):
         raise OptionError("output", output, "is a folder", f"give a file, {output / 'report.html'}")
     baseline_paths = [Path(name) for name in config.baseline_results]
@@ -59,11 +69,13 @@ def main(cfg: DictConfig) -> None:
         _checked(Path(name), "results")
     run = read_run(folders[0], [Path(name) for name in config.results], leave_out=baseline_paths)
     other = read_run(folders[1]) if len(folders) > 1 else None
+    if other:
+        run.name, other.name = names_apart(*folders)
     try:
         write_report(output, run, other, baseline)
     except OSError as error:
         raise OptionError("output", output, f"cannot be written ({error.strerror})", "name another file") from None
-    print(output)
+    print(f"{run.name} compared with {other.name}: {output}" if other else output)
 
 
 def _folder(name: str) -> Path:

@@ -217,7 +217,7 @@ def test_accuracy_is_measured_at_the_start_and_every_n_steps(assets, tmp_path):
     config = tiny_config(assets, tmp_path, "trainer.max_steps=5", "rollout.max_response_length=2", *evaluation)
     run_distributed(train_and_collect, 2, config)
     lines = read_lines(tmp_path / "evaluations.jsonl")
-    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert [(line["step"], line["num_samples"]) for line in lines] == [(0, 4), (2, 4), (4, 4)]
     assert all(0 <= line["full_accuracy"] <= 1 and 0 <= line["crop_accuracy"] <= 1 for line in lines)
 
 

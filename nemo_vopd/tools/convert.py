@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,9 +25,11 @@ from nemo_vopd.config import Config, FreezeConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.mcore import parallel, sharded_state
 from nemo_vopd.mcore.stage import WeightRule
+from nemo_vopd.tools.model_card import model_card
 from nemo_vopd.training.manifest import check_digests, own_digests, read_manifest, write_manifest
 from nemo_vopd.vlm.build import build_vlm, check_model, hf_config, shape_of
 from nemo_vopd.vlm.language import LAYER_RULES
+from nemo_vopd.vlm.weights.export import save_tensors
 from nemo_vopd.vlm.weights.names import is_frozen, split_fused
 from nemo_vopd.vlm.weights.reading import HFReader
 
@@ -39,7 +40,7 @@ def export_checkpoint(config: Config, checkpoint: Path, kind: str, output: Path)
     """Write the `kind` of `checkpoint` as the Hugging Face directory `output`.
 
     Names, dtypes and all other files come from the directory that training started from; `model.hf_path` says where
-    it is now if it has moved.
+    it is now if it has moved. The export of a run gets a README.md of its own.
     """
     manifest = read_manifest(checkpoint)
     source = Path(config.model.hf_path or manifest["config"]["model"]["hf_path"])
@@ -52,8 +53,11 @@ def export_checkpoint(config: Config, checkpoint: Path, kind: str, output: Path)
     if parallel.world_size() > 1:
         parallel.initialize(config.parallel, seed=config.seed)
     check_digests(checkpoint, manifest)
+    is_of_run = "versions" in manifest  # else import_model wrote it
+    card = model_card(manifest, kind, source) if is_of_run and parallel.is_rank_zero() else None
+    freeze = FreezeConfig(**manifest["config"]["model"]["freeze"])
     try:
-        export(checkpoint.resolve(), kind, source, output, hf, FreezeConfig(**manifest["config"]["model"]["freeze"]))
+        export(checkpoint.resolve(), kind, source, output, hf, freeze, card)
     except (pickle.UnpicklingError, OSError) as error:
         reason = str(error).splitlines()[-1]
         raise OptionError("checkpoint", checkpoint, f"cannot be read ({reason})", "give another one") from None
@@ -109,8 +113,12 @@ class CheckpointReader:
         return target
 
 
-def export(checkpoint: Path, kind: str, source: Path, output: Path, hf: Any, freeze: FreezeConfig) -> None:
+def export(
+    checkpoint: Path, kind: str, source: Path, output: Path, hf: Any, freeze: FreezeConfig, card: str | None
+) -> None:
     """Write the `kind` (student or teacher) of `checkpoint` as `output`, in the format and the files of `source`.
+
+    `card` is its README.md, instead of that of `source`.
 
     Every tensor keeps the name, shape and dtype it has in `source`, the directory that training started from and `hf`
     describes; tensors that were frozen (`freeze`) are copied from it. Ranks of torch.distributed, if there are several,
@@ -144,13 +152,15 @@ def export(checkpoint: Path, kind: str, source: Path, output: Path, hf: Any, fre
     mine = [file for i, file in enumerate(sorted(files)) if i % world == rank and not (partial / file).exists()]
     for file in tqdm(mine, desc=f"writing {output}", unit="file", disable=rank > 0 or len(files) == 1):
         content = {original.original_name[name]: convert(name).contiguous() for name in files[file]}
-        save_file(content, str(partial / f".{file}"), metadata={"format": "pt"})
+        save_tensors(content, partial / f".{file}")
         os.replace(partial / f".{file}", partial / file)
     _barrier()
     if rank == 0:
         for extra in source.iterdir():
             if extra.is_file() and extra.suffix != ".safetensors" and not extra.name.startswith("."):
-                shutil.copy2(extra, partial / extra.name)
+                shutil.copyfile(extra, partial / extra.name)  # not its mode, which may be for its owner alone
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
         (partial / _MARK).unlink()
         os.rename(partial, output)
     _barrier()

@@ -25,7 +25,7 @@ class GapDuringTraining:
             forget_examples(self.folder)
 
     def measure(self, model: VisionOPDModel, step: int) -> dict[str, float]:
-        """Greedy accuracy of the student on both views.
+        """Greedy accuracy of the student on both views, and the number of questions.
 
         The replies before the first step are kept, for the examples of the finished run's report.
         """
@@ -43,7 +43,8 @@ class GapDuringTraining:
         )
         if step == 0 and parallel.is_rank_zero():
             keep_replies(self.folder, gap.replies)
-        return {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
+        accuracies = {"full_accuracy": gap.full_accuracy, "crop_accuracy": gap.crop_accuracy}
+        return accuracies | {"num_samples": len(gap.replies)}
 
     def finish(self, model: VisionOPDModel) -> None:
         """Write examples.json."""

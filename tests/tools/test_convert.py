@@ -9,18 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_vopd.errors import OptionError
+from nemo_vopd.mcore import parallel
 from nemo_vopd.tools.convert import export_checkpoint, import_model
+from nemo_vopd.tools.model_card import model_card
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.weights.export import iterate_hf
+from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.weights.export import iterate_hf, save_hf
 from nemo_vopd.vlm.weights.names import canonical
 from nemo_vopd.vlm.weights.reading import HFReader
 from tests.distributed import run_distributed
 from tests.helpers import tiny_config
 
+README = """---
+license: other
+license_name: tiny-licence
+license_link: LICENSE
+---
+# Tiny
+"""
 FREEZE = ["model.freeze.vision=true"]
 SHARD = "800KB"
 
@@ -35,6 +46,7 @@ def source(tmp_path_factory) -> Path:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "float", dtype=torch.bfloat16)
     model.save_pretrained(folder / "bf16", max_shard_size=SHARD)
     assert len(list((folder / "bf16").glob("*.safetensors"))) > 1
+    (folder / "bf16" / "README.md").write_text(README)
     return folder / "bf16"
 
 
@@ -122,6 +134,93 @@ def test_what_is_imported_is_exported_bit_for_bit(world_size, layout, source, as
     exported, original = tensors_of(tmp_path / "export"), tensors_of(source)
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
+    assert (tmp_path / "export" / "README.md").read_text() == README  # there is no run to write about
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_an_export_of_a_run_has_a_model_card(kind, trained, source, assets, tmp_path):
+    folder, _ = trained
+    config = tiny_config(assets, tmp_path, "model.hf_path=''")
+    export_checkpoint(config, folder / "checkpoints" / "last", kind, tmp_path / "export")
+    card = ModelCard.load(tmp_path / "export" / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "bf16", "library_name": "transformers", "pipeline_tag": "image-text-to-text",
+        "tags": ["vision-opd", "self-distillation", "arxiv:2605.18740"],
+        "license": "other", "license_name": "tiny-licence", "license_link": "LICENSE",
+    }  # fmt: skip
+    assert "# bf16 after 2 steps of Vision-OPD" in card.text and f"the weights of the {kind}" in card.text
+    assert f"- Weights: {kind}, step 2 of 2\n" in card.text and "- Base model: bf16\n" in card.text
+    assert "- Licence: other, tiny-licence, LICENSE, as that of the base model" in card.text
+    prepared = json.loads((assets / "tiny-digits" / "data_card.json").read_text())
+    counts = f"({prepared['kept']} kept, 0 dropped, {prepared['kept']} with a box)"
+    assert f"- Data set: tiny-digits, {prepared['kept']} records, prepared from data.jsonl {counts}, " in card.text
+    assert "the median box covers " in card.text and f"torch {torch.__version__.split('+')[0]}, " in card.text
+    for option in (
+        "distill.teacher.kind=ema",
+        "distill.teacher.rate=0.5",
+        "optimizer.lr=0.01",
+        "distill.add_tail=true",
+    ):
+        assert f"\n{option}\n" in card.text
+    assert "\nmodel.freeze.vision=true\n" in card.text and "distill.teacher.every" not in card.text
+    for place in (source.parent, assets, folder, Path.home()):
+        assert str(place) not in card.content
+
+
+def test_a_card_says_what_it_does_not_know(trained, source, tmp_path):
+    folder, _ = trained
+    manifest = json.loads((folder / "checkpoints" / "last" / "manifest.json").read_text())
+    cached = tmp_path / "models--Some--Tiny-VL" / "snapshots" / "0123abcd"
+    cached.mkdir(parents=True)
+
+    def card(**data) -> ModelCard:
+        changed = {**manifest, "config": {**manifest["config"], "data": {**manifest["config"]["data"], **data}}}
+        return ModelCard(model_card(changed, "student", cached))
+
+    for readme in (None, "# no front matter", "---\n[1]\n---\n", "---\na: [\n---\n", "---\nlicense:\n---\n", "\udc80"):
+        if readme is not None:
+            (cached / "README.md").write_bytes(readme.encode(errors="surrogateescape"))
+        found = card()
+        assert found.data.base_model == "Some/Tiny-VL" and found.data.license is None
+        assert "- Licence: unknown; " in found.text
+    assert "- Base model: Some/Tiny-VL, in the directory 0123abcd\n" in found.text
+    (cached / "README.md").write_text("---\nmodel_name: 'Tiny: the model'\nlicense: mit\n---\n")
+    assert (card().data.base_model, card().data.license) == ("Some/Tiny-VL", "mit")
+    assert "# Tiny: the model after 2 steps" in card().text
+    gone = card(path=str(tmp_path / "people" / "photographs" / "train")).text
+    assert "- Data set: photographs/train, of an unknown number of records" in gone and "people" not in gone
+    copy = shutil.copytree(manifest["config"]["data"]["path"], tmp_path / "digits")
+    num = json.loads((copy / "data_card.json").read_text())["kept"]
+    assert f"- Data set: digits, {num} records, prepared from data.jsonl ({num} kept, " in card(path=str(copy)).text
+    (copy / "data_card.json").write_text("{}")
+    assert f"- Data set: digits, {num} records\n" in card(path=str(copy)).text
+    index = copy / ".nv-meta" / ".info.json"
+    index.write_text(index.read_text() + " ")
+    assert "- Data set: digits, which has changed since\n" in card(path=str(copy)).text
+
+
+def save(config, output: Path) -> None:
+    """The model of `config` as the quickstart and vLLM's folder get it."""
+    os.umask(0o026)
+    groups = parallel.initialize(config.parallel, seed=config.seed)
+    save_hf(build_vlm(config, groups), groups, config.model.hf_path, output)
+
+
+def test_files_and_folders_have_the_mode_of_the_umask(trained, source, assets, tmp_path):
+    folder, _ = trained
+    for file in shutil.copytree(source, tmp_path / "private").iterdir():
+        file.chmod(0o600)
+    config = tiny_config(assets, tmp_path, f"model.hf_path={tmp_path}/private")
+    before = os.umask(0o026)
+    try:
+        export_checkpoint(config, folder / "checkpoints" / "last", "student", tmp_path / "export")
+    finally:
+        os.umask(before)
+    run_distributed(save, 1, config, tmp_path / "saved")
+    for written in (tmp_path / "export", tmp_path / "saved"):
+        assert len(list(written.glob("*.safetensors"))) and (written / "config.json").is_file()
+        assert {file.stat().st_mode & 0o777 for file in written.iterdir()} == {0o640}
+        assert written.stat().st_mode & 0o777 == 0o751
 
 
 def test_a_tied_head_that_is_stored_follows_the_embedding(assets, tmp_path):

@@ -53,7 +53,7 @@ def write_card(
         "crop": crop,
         "options": options,
     }
-    page = _page(card)
+    page = data_card_page(card)
     cards = {folder: card}
     if len(sources) == 1:
         cards |= {folder / part: {**card, "parts": ["."]} for part in parts if part != "."}
@@ -62,7 +62,7 @@ def write_card(
         (place / "data_card.html").write_text(page)
 
 
-def _page(card: dict) -> str:
+def data_card_page(card: dict) -> str:
     """The page, which works from one file, offline. `card`: contents of data_card.json."""
     numbers = [("records", f"{card['kept']:,}"), ("dropped", f"{sum(card['dropped'].values()):,}")]
     numbers.append(("on disk", file_size(card["bytes"])))

@@ -57,6 +57,15 @@ class Example:
     crop_before: Answer | None
     crop_after: Answer | None
 
+    @property
+    def shown_box(self) -> Box | None:
+        """The part of the box that lies in the image; None where there is none to draw."""
+        if self.image is None or self.bbox is None or not all(map(math.isfinite, self.bbox)):
+            return None
+        sides = 2 * (self.image.width, self.image.height)
+        left, top, right, bottom = (min(max(edge, 0.0), side) for edge, side in zip(self.bbox, sides, strict=True))
+        return (left, top, right, bottom) if left < right and top < bottom else None
+
 
 @dataclass
 class TokenTrace:

@@ -91,7 +91,7 @@ def config_section(run: Run, other: Run | None) -> dict[str, Any]:
     ]
     if len(texts) < 2 or other is None:
         return {"texts": texts, "differences": None, "same": False} if texts else {}
-    ours, theirs = (dict(_flat({**one.config, **_versions(one)})) for one in (run, other))
+    ours, theirs = (dict(flat_options({**one.config, **_versions(one)})) for one in (run, other))
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     rows = [[Cell(key, code=True), *(_value(one, key) for one in (ours, theirs))] for key in keys]
     table = Table(["Option", run.name, other.name], rows, "Options that differ") if rows else None
@@ -108,12 +108,12 @@ def _value(options: dict[str, Any], key: str) -> Cell:
     return Cell(str(options[key]), code=True) if key in options else Cell(DASH)
 
 
-def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_options(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values, as they are typed."""
     for key, value in options.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
+            yield from flat_options(value, f"{name}.")
         else:
             yield name, "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 

@@ -69,7 +69,7 @@ def format_number(value: float, decimals: int | None = None) -> str:
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     else:
         text = f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
-        text = text.rstrip("0") if size < 0.01 else text
+        text = text.rstrip("0") if size < 0.1 else text
     return text.replace("-", MINUS)
 
 

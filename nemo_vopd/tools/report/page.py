@@ -53,18 +53,21 @@ def write_report(path: Path, run: Run, other: Run | None = None, baseline: Seque
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    page = _page(run, other, list(baseline) or (other.results if other else []))
+    page = _page(run, other, list(baseline))
     partial.write_text(page, encoding="utf-8", errors="replace")  # JSON and file names may hold lone surrogates
     partial.replace(path)
 
 
 def _page(run: Run, other: Run | None, baseline: list[Results]) -> str:
     examples = run.examples
+    files = ", ".join(dict.fromkeys(file.name for file in baseline))
+    names = run.name, files or (other.name if other else "")
+    baseline = baseline or (other.results if other else [])
     viewer = {"traces": examples.traces, "note": examples.note} if examples.traces or examples.note else {}
     sections: list[tuple[str, str, Any]] = [
         ("accuracy", "Accuracy over steps", accuracy_section(run, other)),
-        ("evidence", "The gap by evidence size", evidence_section(run.results, baseline)),
-        ("benchmarks", "Benchmarks", benchmarks_section(run.results, baseline)),
+        ("evidence", "The gap by evidence size", evidence_section(run.results, baseline, names)),
+        ("benchmarks", "Benchmarks", benchmarks_section(run.results, baseline, names)),
         ("curves", "Training", curves_section(run, other)),
         ("warmup", "Warm-up", warmup_section(run)),
         ("examples", "Examples", examples.examples),
@@ -88,8 +91,9 @@ def _page(run: Run, other: Run | None, baseline: list[Results]) -> str:
             policy=_POLICY,
             title=f"Vision-OPD: {run.name}" + (f" and {other.name}" if other else ""),
             header=header(run, other),
+            run=run,
             other=other,
-            notes=[note for one in (run, other) if one for note in one.notes],
+            notes=[f"{one.name}: {note}" if other else note for one in (run, other) if one for note in one.notes],
             sections=[section for section in sections if section[2]],
             charts=lambda: charts,
             vega=lambda: Markup(vega_bundle()),

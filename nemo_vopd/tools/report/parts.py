@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from nemo_vopd.tools.report.charts import Spec
 
+Names = tuple[str, str]
+"""What a run and the one that it is compared with are called; the second is empty where there is none."""
+
 
 @dataclass
 class Cell:
@@ -26,6 +29,12 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
 
+    @property
+    def has_long_names(self) -> bool:
+        """Whether a word in the first column leaves a narrow screen no room for numbers beside it."""
+        names = (row[0] if isinstance(row[0], str) else f"{row[0].text} {row[0].note}" for row in self.rows)
+        return any(len(word) > 15 for name in names for word in name.split())
+
 
 @dataclass
 class Facts:
@@ -37,10 +46,13 @@ class Facts:
 
 @dataclass
 class Legend:
-    """Names and CSS colours of what a chart shows; `other` names the run whose curves are dashed."""
+    """Names and CSS colours of what a chart shows, and the names of two runs that are compared in it."""
 
     entries: list[tuple[str, str]] = field(default_factory=list)
-    other: str = ""
+    solid: str = ""
+    """Name of the run whose curves are solid, and whose dots and columns are filled."""
+    dashed: str = ""
+    """Name of the run whose curves are dashed, and whose dots and columns are hollow."""
 
 
 @dataclass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_vopd.tools.report.bars import columns_chart, intervals_chart
 from nemo_vopd.tools.report.charts import Spec
 from nemo_vopd.tools.report.numbers import (
     DASH,
+    MINUS,
     NAN,
     Interval,
     as_float,
@@ -23,7 +25,7 @@ from nemo_vopd.tools.report.numbers import (
     points,
     signed,
 )
-from nemo_vopd.tools.report.parts import Cell, Legend, Panel, Table
+from nemo_vopd.tools.report.parts import Cell, Legend, Names, Panel, Table
 from nemo_vopd.tools.report.run_files import Results
 
 _NO_INTERVAL = (NAN, NAN)
@@ -144,56 +146,60 @@ def _change(value: float, interval: Interval = _NO_INTERVAL) -> Cell:
     return Cell(signed(100 * value, 1), format_interval(interval), kind)
 
 
-def evidence_section(results: list[Results], baseline: list[Results]) -> list[dict[str, Any]]:
+def evidence_section(results: list[Results], baseline: list[Results], names: Names) -> list[dict[str, Any]]:
     """Accuracy and gap by relative evidence area, one block for each benchmark that has it."""
     blocks = []
     for pair in _pairs(results, baseline):
         bins = read_bins(pair.entry.get("by_evidence_size"))
         before = same_sizes(bins, read_bins(pair.before.get("by_evidence_size")))
-        panels = evidence_panels(bins, before)
-        rows: list[list[Cell | str]] = [
-            [one.name, format_number(one.num_samples), *_accuracies(one), points(one.gap)] for one in bins
-        ]
-        table = Table(["Evidence, of the image", "Samples", "Full view", "Crop view", "Gap, points"], rows)
+        panels = evidence_panels(bins, before, names)
+        captions = names if before else ("", "")
+        tables = [_bins_table(one, caption) for one, caption in zip((bins, before), captions, strict=True) if one]
         if panels:
-            blocks.append({"heading": pair.heading, "panels": panels, "table": table})
+            blocks.append({"heading": pair.heading, "panels": panels, "tables": tables})
     return blocks
 
 
-def _accuracies(one: EvidenceBin) -> list[Cell]:
-    return [_percent(one.full, one.full_interval), _percent(one.crop, one.crop_interval)]
+def _bins_table(bins: list[EvidenceBin], caption: str) -> Table:
+    rows: list[list[Cell | str]] = []
+    for one in bins:
+        accuracies = [_percent(one.full, one.full_interval), _percent(one.crop, one.crop_interval)]
+        rows.append([one.name, format_number(one.num_samples), *accuracies, points(one.gap)])
+    return Table(["Evidence, of the image", "Samples", "Full view", "Crop view", "Gap, points"], rows, caption)
 
 
-def evidence_panels(bins: list[EvidenceBin], before: list[EvidenceBin]) -> list[Panel]:
+def evidence_panels(bins: list[EvidenceBin], before: list[EvidenceBin], run_names: Names) -> list[Panel]:
     """Charts of accuracy and gap of each bin; `before` (of the same sizes, or none) hollow and dashed."""
     # bins of one size are told apart by their number
     names = [f"{one.name}\nn = {format_number(one.num_samples)}" for one in bins]
     names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
     samples = ("samples", [format_number(one.num_samples) for one in bins])
+    now, then = (f", {name}" for name in run_names) if before else ("", "")
+    solid, dashed = run_names if before else ("", "")
     panels, title = [], "relative evidence area"
     if any(math.isfinite(value) for one in bins for value in (one.full, one.crop)):
         curves: dict[str, list[Spec]] = {}
         texts = []
         for view in _VIEWS:
             curves[view] = [_bar(getattr(one, view), getattr(one, f"{view}_interval")) for one in bins]
-            texts.append((f"{view} view", [" ".join(filter(None, _text(one, view))) for one in bins]))
+            texts.append((f"{view} view{now}", [" ".join(filter(None, _text(one, view))) for one in bins]))
             if before:
                 curves[f"{view} before"] = [
                     _bar(getattr(one, view), getattr(one, f"{view}_interval")) for one in before
                 ]
-                texts.append((f"{view} view before", [format_percent(getattr(one, view)) for one in before]))
+                texts.append((f"{view} view{then}", [format_percent(getattr(one, view)) for one in before]))
         name = "Accuracy of both views by relative evidence area"
         chart = intervals_chart(names, curves, [*texts, samples], label=name, title=title)
         views = [("full view", "var(--full)"), ("crop view", "var(--crop)")]
-        panels.append(Panel("", chart, legend=Legend(views, "before" if before else "")))
+        panels.append(Panel("", chart, legend=Legend(views, solid, dashed)))
     if any(math.isfinite(one.gap) for one in bins):
-        texts = [("gap", [f"{points(one.gap)} points" for one in bins])]
+        texts = [(f"gap{now}", [f"{points(one.gap)} points" for one in bins])]
         if before:
-            texts.append(("gap before", [f"{points(one.gap)} points" for one in before]))
+            texts.append((f"gap{then}", [f"{points(one.gap)} points" for one in before]))
         gaps = [[100 * one.gap for one in group] for group in (bins, before)]
         words = {"label": "The gap by relative evidence area", "title": title, "y_label": "gap, points"}
         chart = columns_chart(names, gaps[0], gaps[1], [*texts, samples], **words)
-        panels.append(Panel("", chart, legend=Legend([("gap", "var(--c3)")], "before" if before else "")))
+        panels.append(Panel("", chart, legend=Legend([("gap", "var(--c3)")], solid, dashed)))
     return panels
 
 
@@ -207,21 +213,23 @@ def _bar(value: float, interval: Interval) -> Spec:
     return {name: min(max(number, 0.0), 1.0) if math.isfinite(number) else None for name, number in numbers}
 
 
-def benchmarks_section(results: list[Results], baseline: list[Results]) -> dict[str, Any]:
+def benchmarks_section(results: list[Results], baseline: list[Results], names: Names) -> dict[str, Any]:
     """Every benchmark against the baseline, both views, and its categories; empty without results."""
     pairs = list(_pairs(results, baseline))
     if not pairs:
         return {}
-    tables = [_accuracy_table(pairs)]
+    tables = [_accuracy_table(pairs, names)]
     if any(math.isfinite(_view(pair.entry, "crop")[0]) for pair in pairs):
-        tables.append(_views_table(pairs))
-    details = [(pair.heading, found) for pair in pairs if (found := _details(pair))]
+        tables.append(_views_table(pairs, names))
+    details = [(pair.heading, found) for pair in pairs if (found := _details(pair, names))]
     models = ", ".join(dict.fromkeys(str(file.data["model"]) for file in results if file.data.get("model")))
     return {"models": models, "tables": tables, "details": details}
 
 
-def _accuracy_table(pairs: list[_Pair]) -> Table:
+def _accuracy_table(pairs: list[_Pair], names: Names) -> Table:
     compared = any(pair.before or pair.comparison for pair in pairs)
+    files = {Path(str(pair.comparison["baseline"])).stem for pair in pairs if "baseline" in pair.comparison}
+    then = names[1] or ", ".join(sorted(files)) or "Baseline"
     rows = []
     for pair in pairs:
         now, before = _accuracy(pair.entry), _accuracy(pair.before)
@@ -233,11 +241,13 @@ def _accuracy_table(pairs: list[_Pair]) -> Table:
             change = change if math.isfinite(change) else now - before
             row += [_percent(before), _change(change, as_interval(pair.comparison.get("interval")))]
         rows.append(row)
-    heads = ["Benchmark", "Accuracy", *(["Baseline", "Difference, points"] if compared else [])]
-    return Table(heads, rows, "Each benchmark's own accuracy")
+    if not compared:
+        return Table(["Benchmark", "Accuracy"], rows, "Each benchmark's own accuracy")
+    caption = f"Each benchmark's own accuracy. Difference: {names[0]} {MINUS} {then}"
+    return Table(["Benchmark", names[0], then, "Difference, points"], rows, caption)
 
 
-def _views_table(pairs: list[_Pair]) -> Table:
+def _views_table(pairs: list[_Pair], names: Names) -> Table:
     rows = []
     with_before = any(math.isfinite(_gap(pair.before)) for pair in pairs)
     for pair in pairs:
@@ -245,23 +255,26 @@ def _views_table(pairs: list[_Pair]) -> Table:
         if math.isfinite(views[1][0]):
             row = [pair.title, *(_percent(*view) for view in views), points(_gap(pair.entry))]
             rows.append([*row, points(_gap(pair.before)) if pair.before else DASH] if with_before else row)
-    heads = ["Benchmark", "Full view", "Crop view", "Gap, points", *(["Gap before"] if with_before else [])]
-    return Table(heads, rows, "Full view and crop view")
+    heads = ["Benchmark", "Full view", "Crop view", "Gap, points"]
+    if not with_before:
+        return Table(heads, rows, "Full view and crop view")
+    caption = f"Full view, crop view and gap of {names[0]}, beside the gap of {names[1]}"
+    return Table([*heads, f"Gap of {names[1]}"], rows, caption)
 
 
-def _details(pair: _Pair) -> list[Table]:
+def _details(pair: _Pair, names: Names) -> list[Table]:
     """Categories and further metrics of one benchmark."""
     categories, before, metrics = (
         one if isinstance(one, dict) else {}
         for one in (pair.entry.get("categories"), pair.before.get("categories"), pair.entry.get("metrics"))
     )
     entries = {str(name): entry for name, entry in categories.items() if isinstance(entry, dict)}
-    tables = [_categories_table(entries, before)] if entries else []
+    tables = [_categories_table(entries, before, names)] if entries else []
     rows = [[label(str(name)), format_number(as_float(value))] for name, value in metrics.items()]
     return [*tables, Table(["Metric", "Value"], rows)] if rows else tables
 
 
-def _categories_table(entries: dict[str, dict[str, Any]], before: dict[str, Any]) -> Table:
+def _categories_table(entries: dict[str, dict[str, Any]], before: dict[str, Any], names: Names) -> Table:
     crop = any(math.isfinite(as_float(entry.get("crop"))) for entry in entries.values())
     rows = []
     for name, entry in entries.items():
@@ -272,5 +285,7 @@ def _categories_table(entries: dict[str, dict[str, Any]], before: dict[str, Any]
             old = before.get(name)
             row.append(_change(full - as_float(old.get("full") if isinstance(old, dict) else None)))
         rows.append(row)
-    heads = ["Category", "Full view", *(["Crop view"] if crop else []), *(["Full view, change"] if before else [])]
-    return Table(heads, rows)
+    heads = ["Category", "Full view", *(["Crop view"] if crop else [])]
+    if not before:
+        return Table(heads, rows)
+    return Table([*heads, "Difference of full view"], rows, f"{names[0]}; difference: {names[0]} {MINUS} {names[1]}")

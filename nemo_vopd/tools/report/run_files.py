@@ -89,6 +89,25 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What could not be read."""
 
+    @property
+    def num_questions(self) -> float:
+        """Number of questions that each accuracy in `evaluations` is taken over; NaN where it is not known."""
+        counted = self.evaluations.get("num_samples")
+        if len(counted) and np.isfinite(counted).all():
+            return float(counted.min())
+        asked = self.config.get("evaluation")  # earlier runs tell how many questions were wanted
+        return as_float(asked.get("num_samples")) if isinstance(asked, dict) else NAN
+
+
+def names_apart(first: Path, second: Path) -> tuple[str, str]:
+    """Short names of two folders: the parts of their paths in which they differ."""
+    parts = [list(Path(os.path.realpath(folder)).parts) for folder in (first, second)]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and parts[0][end] == parts[1][end]:
+            for one in parts:
+                del one[end]
+    return "/".join(parts[0]), "/".join(parts[1])
+
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds anything that a run writes."""

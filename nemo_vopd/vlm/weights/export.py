@@ -56,6 +56,15 @@ def iterate_hf(
             yield hf_name, tensor.cpu()
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write the file `path`, with the mode that the umask gives: safetensors itself shuts out all but the owner."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def save_hf(stage: Stage, groups: ProcessGroupCollection, source: str | Path, output: str | Path) -> None:
     """Write the whole model as a Hugging Face directory; all files but weights are copied from `source`.
 
@@ -93,7 +102,7 @@ def save_hf(stage: Stage, groups: ProcessGroupCollection, source: str | Path, ou
 def _write_part(tensors: dict[str, Tensor], folder: Path, stage: int, number: int) -> tuple[str, list[str], int]:
     """(name of the file, names in it, bytes)."""
     file = f"model-{stage:03d}-{number:05d}.safetensors"
-    save_file(tensors, str(folder / file), metadata={"format": "pt"})
+    save_tensors(tensors, folder / file)
     return file, list(tensors), sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -107,4 +116,4 @@ def _finish_directory(files: list[tuple[str, list[str], int]], source: Path, fol
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for extra in source.iterdir():
         if extra.is_file() and extra.suffix in (".json", ".txt", ".jinja", ".model") and "index" not in extra.name:
-            shutil.copy2(extra, folder / extra.name)
+            shutil.copyfile(extra, folder / extra.name)

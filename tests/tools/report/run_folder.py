@@ -19,6 +19,7 @@ SUMMARY = {
     "crop_accuracy_before": 0.95,
     "crop_accuracy_after": 0.94,
     "gap_closed": 0.911,
+    "num_test_samples": 1024,
     "wall_seconds": 521.3,
     "seed": 1234,
     "teacher_view": "crop",
@@ -119,6 +120,23 @@ def data_card() -> dict:
     }  # fmt: skip
 
 
+def wide_card() -> dict:
+    """The card of a blend of two large sources, with the longest names and numbers that preparation writes."""
+    path = (
+        "/data/shared/projects/vision-opd/photographs-with-questions-about-their-smallest-parts/records_of_2026.jsonl"
+    )
+    source = {"path": path, "layout": "llama_factory", "kept": 1_234_567, "dropped": 123_456, "weight": 2.0}
+    first = "line 1234567: images/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.jpg: not a file"
+    reasons = ("path_outside_folder", "several_images", "malformed_record", "crop_has_no_pixels")
+    counted = ("with_answer", "with_box", "with_crop", "with_hint", "rotated", "flat", "leaving", "upscaled")
+    card = data_card() | dict.fromkeys([*counted, "several_boxes", "several_questions"], 1_234_567)
+    options = {"columns": {"image": "path_of_the_photograph", "question": "question"}, "split_by": None, "hint": "keep"}
+    return card | {
+        "sources": [source, source | {"weight": 1.0}], "kept": 2_469_134, "bytes": 4_300_000_000_000,
+        "dropped": dict.fromkeys(reasons, 123_456), "examples": dict.fromkeys(reasons, first), "options": options,
+    }  # fmt: skip
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     """A file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -155,7 +173,7 @@ def write_run(folder: Path, num_steps: int = 300, scale: float = 1.0, summary: d
     photo, crop = picture(image((900, 600))), picture(image((200, 200)))
     question = "What is written on the small sign to the left of the red car at the far end of the street?"
     cards = [example(), example(image=photo, crop=crop, bbox=(400, 200, 460, 240), question=question)]
-    cards.append(example(full_before=None, crop_before=None))
+    cards.append(example(full_before=None, crop_before=None, bbox=(-6, 3, 30, 9)))  # as wide as both views
     long = trace(tokens=["Donaudampfschifffahrtsgesellschaft" * 3, *["a"] * 80], question=question)
     write_examples(folder / "examples.json", Examples(cards, [trace(), long], "Made-up responses."))
     return folder

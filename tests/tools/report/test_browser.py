@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
+from nemo_vopd.tools.prepare.card import data_card_page
 from nemo_vopd.tools.report.page import write_report
 from nemo_vopd.tools.report.run_files import Run, read_run
-from tests.tools.report.run_folder import SUMMARY, write_run
+from tests.tools.report.run_folder import SUMMARY, wide_card, write_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,6 +25,12 @@ TOO_WIDE = """() => [...document.body.querySelectorAll('*')].filter(element => {
   const box = element.getBoundingClientRect();
   return box.width && box.height && !element.closest('.hidden') && (box.right > innerWidth + 0.5 || box.left < -0.5);
 }).map(element => `${element.tagName}.${element.getAttribute('class')} ${element.textContent.slice(0, 40)}`)"""
+SCROLLED = """() => [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth + 1)
+  .map(one => `${one.scrollWidth} in ${one.clientWidth}: ${one.textContent.slice(0, 80)}`)"""
+BEYOND_IMAGE = """() => [...document.querySelectorAll('.shot rect')].filter(box => {
+  const [inner, outer] = [box, box.closest('.shot').querySelector('img')].map(one => one.getBoundingClientRect());
+  return inner.left < outer.left - 3 || inner.right > outer.right + 3;
+}).map(box => box.outerHTML)"""
 CUT_OFF = """() => [...document.querySelectorAll('.chart svg')].flatMap(svg => {
   const area = svg.getBoundingClientRect();
   return [...svg.querySelectorAll('text')].filter(text => {
@@ -70,15 +77,20 @@ FAINT = """() => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page of two runs with everything, one of a quickstart, and one of a run that has just begun."""
+    """Pages of two runs with everything, of a quickstart, of a run that has just begun, and of a data set."""
     root = tmp_path_factory.mktemp("pages")
     base = read_run(write_run(root / "baseline-with-a-long-name-0123456789", num_steps=120, scale=2.0))
-    run = read_run(write_run(root / "run", summary=SUMMARY))
-    files = {"two": (run, base), "one": (run, None), "begun": (Run("begun", status={"reason": "running"}), None)}
+    folder = write_run(root / "run", summary=SUMMARY)
+    run = read_run(folder)
+    shutil.copy(folder / "results" / "student.json", folder / "results" / "qwen2_5_vl_7b_instruct_step_00000065.json")
+    two = read_run(folder)
+    files = {"two": (two, base), "one": (run, None), "begun": (Run("begun", status={"reason": "running"}), None)}
     paths = {}
     for name, pair in files.items():
         paths[name] = root / f"{name}.html"
         write_report(paths[name], *pair)
+    paths["card"] = root / "data_card.html"
+    paths["card"].write_text(data_card_page(wide_card()))
     return paths
 
 
@@ -118,19 +130,21 @@ def show(browser, pages):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("name", ["two", "one", "begun"])
+@pytest.mark.parametrize("name", ["two", "one", "begun", "card"])
 def test_everything_is_visible_and_nothing_is_too_wide(show, name, width, scheme):
     page = show(name, width, scheme)
     # what is folded has no size that could be looked at
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate(TOO_WIDE) == []
+    assert page.evaluate(SCROLLED) == []
+    assert page.evaluate(BEYOND_IMAGE) == []
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(OVERLAPPING) == []
     assert page.evaluate(FAINT) == []
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert dark == ("rgb(20, 23, 27)" if scheme == "dark" else "rgb(250, 249, 247)")
-    if name == "begun":
+    if name in ("begun", "card"):
         return
     charts = page.locator(".chart svg")
     assert charts.count() >= 18
@@ -152,10 +166,13 @@ def test_the_pointer_reads_values(show, width):
     tip = page.locator("#tip")
     assert not tip.is_visible()
     for label, expected in (
-        ("Loss over steps", ("step  ", "loss  ", "loss, baseline-with-a-long-name-0123456789  ")),
+        ("Loss over steps", ("step  ", "loss, run  ", "loss, baseline-with-a-long-name-0123456789  ")),
         ("Seconds per step by phase", ("step  ", "rollout  ", " s")),
-        ("Accuracy of both views by relative evidence area", ("evidence  ", "full view before  ", "samples  20", "[")),
-        ("The gap by relative evidence area", ("gap  ", " points", "gap before  ")),
+        (
+            "Accuracy of both views by relative evidence area",
+            ("evidence  ", "full view, baseline-with-a-long-name-0123456789  ", "samples  20", "["),
+        ),
+        ("The gap by relative evidence area", ("gap, run  ", " points", "gap, baseline-with-a-long-name-0123456789  ")),
         ("Relative box area of the records", ("0.1% to 1%", "records  3,900")),
     ):
         chart = page.locator(f".chart[aria-label='{label}'] svg").first

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import time
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,78 +17,13 @@ from nemo_vopd.tools.report.charts import Series, line_chart, readings, smooth, 
 from nemo_vopd.tools.report.examples_file import Answer, Examples, picture, read_examples, write_examples
 from nemo_vopd.tools.report.header import gap_figure_svg
 from nemo_vopd.tools.report.numbers import format_number
-from nemo_vopd.tools.report.page import write_report
 from nemo_vopd.tools.report.results import evidence_panels, read_bins
-from nemo_vopd.tools.report.run_files import Results, Run, read_results, read_run
-from tests.tools.report.run_folder import SUMMARY, example, image, results, trace, write_lines, write_run
+from nemo_vopd.tools.report.run_files import Run, read_results, read_run
+from tests.tools.report.html_page import SECTIONS, page_of
+from tests.tools.report.run_folder import SUMMARY, example, image, trace, write_lines, write_run
 
-VOID = {"meta", "img", "br"}
 NAN = float("nan")
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
-SECTIONS = [
-    "accuracy", "evidence", "benchmarks", "curves", "warmup", "examples", "tokens", "drops", "data", "config", "facts",
-]  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Checks nesting, and keeps ids, links and visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.charts: list[dict] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-        elif data.startswith("[") and self.open[-1] == "script":
-            self.charts = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.texts)
-
-    def values(self, name: str) -> list[str]:
-        return [value for _, attribute, value in self.attributes if attribute == name]
-
-    def rows(self, **values) -> list[dict]:
-        """The rows of all charts that have these values."""
-        found = [row for chart in self.charts for row in chart.get("data", {}).get("values", [])]
-        return [row for row in found if all(row.get(name) == value for name, value in values.items())]
-
-    @property
-    def sections(self) -> list[str]:
-        return [one for one in self.ids if one in SECTIONS]
-
-
-def page_of(path, run: Run, other: Run | None = None, baseline=()) -> tuple[str, Page]:
-    write_report(path, run, other, baseline)
-    assert not list(path.parent.glob("*.partial"))
-    text = path.read_text(encoding="utf-8")
-    return text, Page(text)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +70,8 @@ def test_a_section_without_content_is_left_out(folder, tmp_path, kept, sections)
 
 def test_headline_charts_and_facts(full):
     _, page = full
-    assert "narrowed from 45.0 to 4.0 points: 91% of it is closed" in page.text
+    assert "narrowed from 45.0 \u00b1 3.3 to 4.0 \u00b1 2.4 points: 91% of it is closed" in page.text
+    assert "\u00b1 marks 95% intervals over 1,024 questions." in page.text
     for heading in ("Loss", "Gradient norm", "Top-k mass", "Time by phase", "Mismatch of engine and trainer"):
         assert heading in page.texts
     assert "learning rate 2e\u22126; responses 64" in page.text  # lines that never move are words, not charts
@@ -144,47 +79,24 @@ def test_headline_charts_and_facts(full):
         assert fact in page.texts
 
 
-def test_without_a_summary_the_headline_is_the_gap_while_training_or_what_the_run_did(folder, tmp_path):
-    run = read_run(folder)
-    run.summary = {}
-    _, page = page_of(tmp_path / "a.html", run)
-    assert "narrowed from 45.0 to 17.2 points" in page.text and "at step 0 and at step 250" in page.text
-    run.evaluations = Run("").evaluations
-    _, page = page_of(tmp_path / "b.html", run)
-    assert "300 steps: the loss fell from" in page.text and "300 of 300" in page.text
-    assert "finished: all steps are done" in page.text
-    run.status = {"reason": "running", "step": 20, "max_steps": 900, "finished": False}
-    _, page = page_of(tmp_path / "c.html", run)
-    assert "300 of 900" in page.text and "still running, or ended without a word" in page.text
-    _, page = page_of(tmp_path / "d.html", Run("nothing"))
-    assert "No training step on record." in page.text
-
-
-def test_two_runs_are_overlaid_and_compared(folder, tmp_path):
-    other = read_run(write_run(tmp_path / "base", num_steps=120, scale=3.0))
-    text, page = page_of(tmp_path / "report.html", read_run(folder), other)
-    assert "Vision-OPD: new-run and base" in page.text and "Compared with base (dashed curves)" in page.text
-    assert len({row["curve"] for row in page.rows(kind="other")}) >= 14
-    assert {"End values: means over the last twentieth of the steps of each run", "Options that differ"} <= {
-        *page.texts
-    }
-    assert "optimizer.lr" in page.texts and "6e-06" in page.texts and "Time by phase, base" in page.texts
-    assert "distill.teacher.rate" not in page.texts  # the same in both
-    rows = re.findall(r'<th scope="row">Loss</th><td>([^<]*)</td><td>([^<]*)</td><td>\u2212', text)
-    assert len(rows) == 1 and float(rows[0][0]) < float(rows[0][1])
-
-
-def test_results_are_compared_with_a_baseline(folder, tmp_path):
-    run, baseline = read_run(folder), Results("base", results(0.0))
-    run.results[0].data["comparison"] = {"vstar": {"difference": 0.123, "interval": [0.05, 0.2], "num_samples": 191}}
-    _, page = page_of(tmp_path / "report.html", run, baseline=[baseline])
-    assert "V* Bench" in page.texts and "+12.3" in page.texts and "[5.0, 20.0]" in page.texts
-    assert "+12.0" in page.texts  # without a paired bootstrap, the plain difference
-    assert "direct_attributes" in page.texts and "F1" in page.texts and "\u2013" in page.texts
-    assert len(page.rows(when="before")) == 5
-    assert len([row for row in page.rows() if row.get("low") is not None and row["low"] < row["high"]]) == 20
-    _, page = page_of(tmp_path / "alone.html", read_run(folder))
-    assert "Baseline" not in page.texts and "82.0%" in page.texts
+@pytest.mark.parametrize(
+    ("bbox", "shown"),
+    [
+        ((-6, 3, 30, 9), (0, 3, 12, 9)),
+        ((2, -1e99, 7, 1e99), (2, 0, 7, 12)),
+        ((12, 3, 30, 9), None),
+        ((-9, -9, -1, -1), None),
+        ((NAN, 0, 1, 1), None),
+        (None, None),
+    ],
+)
+def test_a_box_is_drawn_inside_its_image(bbox, shown, tmp_path):
+    _, page = page_of(tmp_path / "report.html", Run("a", examples=Examples([example(bbox=bbox)])))
+    edges = [[float(page.values(name)[0]) for name in ("x", "y")] for _ in range(shown is not None)]
+    assert page.tags.count("rect") == (2 if shown else 0)
+    if shown:
+        sizes = [float(value) for tag, name, value in page.attributes if tag == "rect" and name in ("width", "height")]
+        assert edges == [list(shown[:2])] and sizes[:2] == [shown[2] - shown[0], shown[3] - shown[1]]
 
 
 def test_bins_of_evidence_keep_their_order_and_place():
@@ -193,7 +105,7 @@ def test_bins_of_evidence_keep_their_order_and_place():
     assert [(one.low, one.high) for one in bins] == [(0.025, 0.1), (0.1, 0.4)]
     for same in ([0.01] * 5, [0.01, 0.0101, 0.5], [0.02]):
         bins = read_bins([row | {"low": low, "high": low} for low in same])
-        for panel in evidence_panels(bins, bins):
+        for panel in evidence_panels(bins, bins, ("a", "b")):
             names = [one["band"] for one in panel.chart["data"]["values"]]
             assert len(set(names)) == len(same)  # bins of one size do not fall on top of each other
 
@@ -315,9 +227,10 @@ def test_holes_in_the_data_do_not_crash(folder, tmp_path):
             _, page = page_of(tmp_path / "report.html", *pair)
             for name in ("d", "points", "cx", "cy", "x", "y", "width", "height"):
                 assert not [value for value in page.values(name) if "nan" in value or "inf" in value]
-        assert "status.json: no JSON object, left out" in page.texts
-        assert "dropped.jsonl: 2 lines cut off or damaged, left out" in page.texts
-        assert "config.yaml: no YAML of options, left out" in page.texts
+        notes = page.texts  # of two runs, each under its name
+        assert f"run{i}: status.json: no JSON object, left out" in notes
+        assert f"run{i}: dropped.jsonl: 2 lines cut off or damaged, left out" in notes
+        assert f"run{i}: config.yaml: no YAML of options, left out" in notes
 
 
 LOSSES = [{"step": i, "loss": 1e308 * (-1) ** i, "lr": 10.0**i, "seconds_rollout": 1e308} for i in range(50)]

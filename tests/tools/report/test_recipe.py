@@ -83,6 +83,20 @@ def test_two_runs_and_results_with_output_elsewhere(trained, tmp_path):
     assert not (other / "report.html").exists()
 
 
+def test_a_comparison_is_a_page_of_its_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "status.json").write_text('{"reason": "running", "step": 0, "max_steps": 65}')
+        (tmp_path / name / "train" / "report.html").write_text("the page of one run")
+    done = report("b/train", "a/train", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "b compared with a: b/train/report-b-vs-a.html"
+    assert "Vision-OPD: b and a" in (tmp_path / "b" / "train" / "report-b-vs-a.html").read_text()
+    assert {path.read_text() for path in tmp_path.glob("*/train/report.html")} == {"the page of one run"}
+    told = report("--help")
+    assert "A comparison is a page of its own, runs/NAME/report-NAME-vs-BASELINE.html" in told.stdout
+
+
 def test_a_folder_without_metrics(tmp_path):
     (tmp_path / "status.json").write_text('{"reason": "running", "step": 0, "max_steps": 65, "finished": false}')
     done = report(tmp_path)
@@ -97,6 +111,7 @@ def test_a_folder_without_metrics(tmp_path):
         (["nowhere"], "error: runs=nowhere: is no folder; "),
         (["."], "error: runs=.: holds no file of a run "),
         ([], "error: runs=[]: must be one folder, or two to compare; "),
+        (["run", "./run"], "error: runs=[run,./run]: is one folder twice; "),
         (["run", "run", "run"], "error: runs=[run,run,run]: must be one folder, or two to compare; "),
         (["run", "results=[a.json]"], "error: results=a.json: is no file; "),
         (["run", "baseline_results=[run/status.json]"], "error: baseline_results=run/status.json: holds no results; "),
