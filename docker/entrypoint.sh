@@ -34,7 +34,9 @@ writable() { # writable NAME FOLDER: NAME stays where its folder can be written,
 make_places() {
   local place
   place=${TMPDIR:-/tmp}/nemo_vopd-$(id -u)
-  (umask 077 && mkdir -p "$place")
+  (umask 077 && mkdir -p "$place" 2>/dev/null) || true
+  # compiled code is loaded from there: a folder that somebody else made, or may write to, is not used
+  if [ -L "$place" ] || [ ! -O "$place" ] || [ -n "$(find "$place" -maxdepth 0 -perm /022)" ]; then place=$(mktemp -d); fi
   USER=${USER:-$(id -un 2>/dev/null)} || true # where there is no name, id prints the number, or nothing
   export USER=${USER:-$(id -u)}
   writable HOME "$place/home"

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_vopd.command_line import CONF, Command, explain, help_text, read, taken_literally
-from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.errors import OptionError, RunError, printable
 
 _ANNOUNCERS = (
     "megatron.core.models.gpt.gpt_model",
@@ -109,6 +109,7 @@ def _distributed() -> bool:
 
 def fail(message: str, code: int = 2) -> None:
     """End this process with one line on standard error, and `code`."""
+    message = printable(message)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     # every rank reads the same options, so rank 0 speaks; once ranks work on their own share, any of them may
     apart = _distributed()

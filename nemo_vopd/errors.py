@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
+_BREAKS = re.compile("[\t-\r\x85\u2028\u2029]+")
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+"""C0 and C1, marks that turn the direction of text around, invisible format characters, halves of surrogate pairs."""
+
+
+def printable(text: object) -> str:
+    """`text` on one line and safe to print: a server or a data set could send sequences that a terminal obeys.
+
+    Line breaks and tabs become a space, control characters and marks of direction a question mark.
+    """
+    return _CONTROLS.sub("?", _BREAKS.sub(" ", str(text)))
+
 
 class OptionError(ValueError):
     """A wrong value given by the user; recipes print it as one line and exit with code 2."""

@@ -23,6 +23,9 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # caches on the node's own disk: ranks of all nodes would race for a shared home, which a container may not even have
 cache=${TMPDIR:-/tmp}/nemo_vopd-$(id -u)
+(umask 077 && mkdir -p "$cache" 2>/dev/null) || true
+# compiled code is loaded from there: a folder that somebody else made, or may write to, is not used
+if [ -L "$cache" ] || [ ! -O "$cache" ] || [ -n "$(find "$cache" -maxdepth 0 -perm /022)" ]; then cache=$(mktemp -d); fi
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache/cache}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/cache/matplotlib}

@@ -234,6 +234,10 @@ MISTAKES = {
         ["evaluation.every_n_steps=2", "evaluation.path=/nowhere/e"],
         "evaluation.path=/nowhere/e: is not an Energon data set",
     ),
+    "control characters": (
+        ["rollout=replay", "rollout.path='/no/\x1b[2J\u202ex'"],
+        "rollout.path=/no/?[2J?x: is not a file",
+    ),
     "batch": (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
 }
 

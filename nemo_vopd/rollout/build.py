@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,36 +69,42 @@ def build_engine(
 
 
 def build_vllm(inputs: EngineInputs, options: RolloutConfig, data: DataConfig, place: ServerPlace) -> VLLMEngine:
-    """vLLM on `options.vllm.urls`, or on a server that rank 0 starts."""
+    """vLLM on `options.vllm.urls`, whose key is in the environment, or on a server that rank 0 starts."""
     student, groups, processor, params = inputs
     settings = options.vllm
-    urls = settings.urls or _start_server(inputs, options, data, place)
+    if settings.urls:
+        urls, key = settings.urls, os.environ.get("VLLM_API_KEY")
+    else:
+        urls, key = _start_server(inputs, options, data, place)
     sync = None
     if settings.sync == "folder":
         write = functools.partial(save_hf, student, groups, place.model_dir)
         shared = Path(settings.sync_folder or place.folder / "rollout_weights")
-        sync = FolderSync(urls, shared, write, settings.timeout_seconds)
+        sync = FolderSync(urls, shared, write, settings.timeout_seconds, key)
     elif settings.sync == "nccl":
         original = HFReader(place.model_dir).original_name
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             return ((original.get(n, n), t) for n, t in iterate_hf(student, groups))
 
-        sync = NCCLSync(urls, tensors, groups, settings.timeout_seconds)
+        sync = NCCLSync(urls, tensors, groups, settings.timeout_seconds, key)
     return VLLMEngine(
         urls,
         params,
         groups,
         processor,
         sync,
+        key=key,
         timeout_seconds=settings.timeout_seconds,
         retries=settings.retries,
         max_concurrent_requests=settings.max_concurrent_requests,
     )
 
 
-def _start_server(inputs: EngineInputs, options: RolloutConfig, data: DataConfig, place: ServerPlace) -> list[str]:
-    """The address, on every rank, of a server that rank 0 has started."""
+def _start_server(
+    inputs: EngineInputs, options: RolloutConfig, data: DataConfig, place: ServerPlace
+) -> tuple[list[str], str]:
+    """The address (a list of one) and the key, on every rank, of a server that rank 0 has started."""
     settings = options.vllm
     if place.num_nodes > 1:
         rule = f"a server that the run starts is seen on its own node only, and num_nodes={place.num_nodes}"
@@ -112,12 +119,14 @@ def _start_server(inputs: EngineInputs, options: RolloutConfig, data: DataConfig
     arguments += settings.arguments
     limits = {"port": settings.port, "start_seconds": settings.start_seconds}
 
-    def start() -> str | None:
+    def start() -> tuple[list[str], str] | None:
         if dist.get_rank() > 0:
             return None
         log = place.folder / "logs" / "vllm.log"
-        return start_server(settings.python, place.model_dir, arguments, log, **limits).url
+        server = start_server(settings.python, place.model_dir, arguments, log, **limits)
+        return [server.url], server.key
 
     started = [together(start)]
     dist.broadcast_object_list(started, src=0)
-    return [url for url in started if url is not None]
+    assert started[0] is not None
+    return started[0]

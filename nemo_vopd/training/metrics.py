@@ -21,7 +21,7 @@ from nemo_vopd.alive import beat
 from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
 from nemo_vopd.distill.fused import TokenStats
 from nemo_vopd.distill.importance import mismatch
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, printable
 from nemo_vopd.images import DROP_REASONS
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.rollout.replay import dump, to_record
@@ -141,7 +141,7 @@ class Reporter:
         for reason in metrics["dropped_by_reason"]:
             if self.dropped[reason] == metrics["dropped_by_reason"][reason]:  # met for the first time
                 first = next(sample for sample in dropped if sample.reason == reason)
-                logging.warning("dropped sample %s: %s (%s)", first.id, first.reason, first.detail)
+                logging.warning("dropped sample %s", printable(f"{first.id}: {first.reason} ({first.detail})"))
         num, limit = sum(self.dropped.values()), self.max_dropped_fraction
         if num > limit * self.num_records and (num > _TOO_FEW or limit == 0):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.most_common())

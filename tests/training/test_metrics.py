@@ -1,9 +1,13 @@
 """The metrics file: each step once, also after a restart; JSON whatever the numbers are."""
 
 import json
+import logging
 import math
 
-from nemo_vopd.training.metrics import MetricsFile, Timers
+from nemo.utils import logging as nemo_logging
+
+from nemo_vopd.batch import DroppedSample, PromptBatch
+from nemo_vopd.training.metrics import MetricsFile, Reporter, Timers
 from tests.helpers import read_lines
 
 
@@ -35,3 +39,21 @@ def test_timers_add_up_and_start_again():
     seconds = timers.pop()
     assert 0 < seconds["seconds_rollout"] <= seconds["seconds_step"]
     assert set(timers.pop()) == {"seconds_step"}
+
+
+def test_ids_of_dropped_samples_cannot_write_to_a_terminal(groups, tmp_path):
+    reporter = Reporter(tmp_path, groups, 1.0, None)
+    reporter.open(0)
+    dropped = [DroppedSample("a\x1b[2J\n\u202eb", "empty_question", "\x9b31m")]
+    reporter.dropped["empty_question"] = 1
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    nemo_logging._logger.addHandler(handler)
+    try:
+        metrics = {"num_dropped_samples": 1, "num_dropped_responses": 0, "dropped_by_reason": {"empty_question": 1}}
+        reporter.tell_dropped(0, metrics, PromptBatch([], dropped), [])
+    finally:
+        nemo_logging._logger.removeHandler(handler)
+    assert told == ["dropped sample a?[2J ?b: empty_question (?31m)"]
+    assert read_lines(tmp_path / "dropped.jsonl")[0]["id"] == dropped[0].id  # the file has it as it is

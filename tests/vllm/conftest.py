@@ -45,6 +45,12 @@ def config(assets, tmp_path_factory):
     return tiny_config(assets, folder / "run", f"model.hf_path={folder / 'wide'}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_key_of_the_user():
+    """Servers without a key are asked without one."""
+    os.environ.pop("VLLM_API_KEY", None)
+
+
 @pytest.fixture(scope="session")
 def servers(vllm_python, config):
     """Two servers that start at the same time: for temperature 1 and for others."""

@@ -23,16 +23,17 @@ FAST = ("optimizer.lr=0.01", "optimizer.warmup_steps=0")
 """So large that weights of one step before are easily told apart."""
 
 
-def start_training(config, folder: Path, *overrides: str) -> subprocess.Popen:
+def start_training(config, folder: Path, *overrides: str, key: str | None = None) -> subprocess.Popen:
     command = [sys.executable, "-W", "ignore", "recipes/train_vopd.py", "--config-name", "tiny", "rollout=vllm"]
     command += [f"model.hf_path={config.model.hf_path}", f"data.path={config.data.path}", *FAST]
     command += [f"exp_manager.exp_dir={folder}", "rollout.max_response_length=8", "rollout.vllm.retries=1", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ON_CPU}, **pipes)
+    environment = {**os.environ, **ON_CPU, **({"VLLM_API_KEY": key} if key else {})}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def train(config, folder: Path, *overrides: str) -> tuple[int, str]:
-    process = start_training(config, folder, *overrides)
+def train(config, folder: Path, *overrides: str, key: str | None = None) -> tuple[int, str]:
+    process = start_training(config, folder, *overrides, key=key)
     try:
         output, _ = process.communicate(timeout=240)
     finally:
@@ -86,15 +87,18 @@ def test_stale_weights_and_a_lost_server(vllm_python, config, tmp_path):
     try:
         stale = (there, "rollout.vllm.sync=none", "rollout.max_mismatch=0.01", "trainer.max_steps=6")
         code, output = train(config, tmp_path / "stale", *stale)
+        assert code == 1 and f"error: vLLM at {server.url} refuses /server_info" in output, output[-2000:]
+        assert "in the environment variable VLLM_API_KEY" in output
+        code, output = train(config, tmp_path / "stale", *stale, key=server.key)
         assert code == 1 and "Traceback" not in output
         assert "error: the rollout engine's log-probs are" in output and "(rollout.max_mismatch=0.01)" in output
         assert 0 < len(numbers(tmp_path / "stale")) < 6  # the first step agreed: the server has the first weights
 
         six = (there, "trainer.max_steps=6", "checkpoint.every_n_steps=0")
-        code, output = train(config, tmp_path / "whole", *six)
+        code, output = train(config, tmp_path / "whole", *six, key=server.key)
         assert code == 0, output[-3000:]
 
-        process = start_training(config, tmp_path / "lost", *six)
+        process = start_training(config, tmp_path / "lost", *six, key=server.key)
         wait_for_steps(process, tmp_path / "lost", 2)
         os.killpg(server.process.pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
@@ -108,20 +112,20 @@ def test_stale_weights_and_a_lost_server(vllm_python, config, tmp_path):
         server.stop()
     again = serve(vllm_python, config, tmp_path / "again.log", port)
     try:
-        code, output = train(config, tmp_path / "lost", *six)
+        code, output = train(config, tmp_path / "lost", *six, key=again.key)
         assert code == 0 and f"resuming after step {done}" in output, output[-3000:]
         check_same(tmp_path / "lost", tmp_path / "whole")
 
         ahead = (*six, "rollout.ahead=true")
-        code, output = train(config, tmp_path / "ahead", *ahead)
+        code, output = train(config, tmp_path / "ahead", *ahead, key=again.key)
         assert code == 0, output[-3000:]
         lines = read_lines(tmp_path / "ahead" / "metrics.jsonl")
         assert [line["mismatch_mean"] > 1e-3 for line in lines] == [False, True, True, True, True, True]
-        process = start_training(config, tmp_path / "stopped", *ahead)
+        process = start_training(config, tmp_path / "stopped", *ahead, key=again.key)
         wait_for_steps(process, tmp_path / "stopped", 2)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == 0
-        code, output = train(config, tmp_path / "stopped", *ahead)
+        code, output = train(config, tmp_path / "stopped", *ahead, key=again.key)
         assert code == 0 and "resuming after step" in output, output[-3000:]
         check_same(tmp_path / "stopped", tmp_path / "ahead")
     finally:

@@ -146,34 +146,40 @@ def test_a_lost_server_is_named_with_what_failed_and_how_often(faulty):
 
 
 FAKE = """
-import argparse, http.server, os, time
+import __main__, argparse, http.server, json, os, time
 
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        path, _, challenge = self.path.partition("?")
         self.send_response(200)
         self.end_headers()
+        if path == "/prove_key":
+            self.wfile.write(json.dumps(__main__.prove_key(os.environ["VLLM_API_KEY"], challenge.encode())).encode())
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--note")
+    parser.add_argument("--loading", type=float, default=0)
     options, _ = parser.parse_known_args()
     if os.fork() == 0:
         time.sleep(100)
     with open(options.note, "a") as file:
         file.write(f"{os.getpid()} {'RANK' in os.environ} {os.environ['VLLM_SERVER_DEV_MODE']}")
+    time.sleep(options.loading)
     http.server.HTTPServer(("127.0.0.1", options.port), Health).serve_forever()
 """
 
 
-def fake_server(folder: Path):
+def fake_server(folder: Path, *more: str, port: int = 0):
     """Start what stands for vLLM: a process that answers, and one of its own."""
     package = folder / "vllm/entrypoints/launchers/api_server"
     package.mkdir(parents=True, exist_ok=True)
     (package / "entry.py").write_text(FAKE)
     environment = {"PYTHONPATH": str(folder)}
-    arguments = ["--note", str(folder / "note")]
-    return start_server(sys.executable, folder, arguments, folder / "log", start_seconds=30, environment=environment)
+    arguments = ["--note", str(folder / "note"), *more]
+    options = {"port": port, "start_seconds": 60, "environment": environment}
+    return start_server(sys.executable, folder, arguments, folder / "log", **options)
 
 
 def start_and_wait(folder: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -78,13 +79,34 @@ def processor(config):
 
 @pytest.fixture
 def engine_of(groups, processor, config, server):
-    """Builds an engine on `server`."""
+    """Builds an engine on `server`, or on another."""
 
-    def build(url: str = server.url, sync=None, **options) -> VLLMEngine:
+    def build(on=server, sync=None, **options) -> VLLMEngine:
         client = {name: options.pop(name) for name in ("retries", "timeout_seconds") if name in options}
-        return VLLMEngine([url], params_of(processor, **options), groups, processor, sync, **client)
+        return VLLMEngine([on.url], params_of(processor, **options), groups, processor, sync, key=on.key, **client)
 
     return build
+
+
+def test_nothing_but_its_health_is_open_without_the_key(server):
+    """Every method of every path that vLLM says it has; its own check of the key leaves most of them open."""
+    key = {"Authorization": f"Bearer {server.key}"}
+    with httpx2.Client(base_url=server.url, timeout=20, trust_env=False) as client:
+        paths = client.get("/openapi.json", headers=key).raise_for_status().json()["paths"]
+        asked = {(method, path) for path, methods in paths.items() for method in methods}
+        asked |= {
+            ("get", path) for path in ("/docs", "/openapi.json", "/metrics", "/prove_key/", "//health", "/%68ealth/x")
+        }
+        dangerous = {"/collective_rpc", "/reset_prefix_cache", "/inference/v1/generate", "/v1/models", "/pause"}
+        assert dangerous <= {path for _, path in asked}, paths.keys()
+        for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"bearer {server.key}x"}):
+            codes = {(method, path): client.request(method, path, headers=wrong).status_code for method, path in asked}
+            codes |= {("options", path): client.options(path, headers=wrong).status_code for _, path in asked}
+            assert {path for (_, path), code in codes.items() if code != 401} == {"/health"}
+        assert client.post("/reset_mm_cache", headers=key).status_code == 200
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert not any(server.key in argument for process in processes for argument in process.cmdline())
+    assert server.key not in server.log_file.read_text()
 
 
 def test_log_probs_are_those_of_the_training_model(engine_of, config, processor):
@@ -141,7 +163,7 @@ def test_at_other_temperatures_log_probs_miss_only_the_forbidden_tokens(servers,
     samples, model = load_samples(config, 2), reference(config.model.hf_path)
     with pytest.raises(OptionError, match="--logprobs-mode processed_logprobs"):
         engine_of(temperature=0.8)
-    for rollout in engine_of(servers[1].url, temperature=0.8).generate(samples):
+    for rollout in engine_of(servers[1], temperature=0.8).generate(samples):
         expected = scores(model, rollout, 0.8)
         left = 1 - expected[:, processor.forbidden_token_ids].exp().sum(-1)
         expected = expected.gather(-1, rollout.token_ids[:, None])[:, 0] - left.log()
@@ -172,7 +194,7 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(engine_o
 
 def sync_into(config, groups, stage, server, folder: Path) -> FolderSync:
     write = functools.partial(save_hf, stage, groups, config.model.hf_path)
-    return FolderSync([server.url], folder, write, timeout_seconds=60)
+    return FolderSync([server.url], folder, write, timeout_seconds=60, key=server.key)
 
 
 def test_servers_take_over_new_weights_and_forget_what_came_of_the_old(engine_of, config, groups, server, tmp_path):
@@ -206,14 +228,14 @@ def test_servers_take_over_new_weights_and_forget_what_came_of_the_old(engine_of
     assert largest_difference(reference(original), engine.generate(samples)) < TOLERANCE
 
 
-def rollouts_of_rank(config, urls, layout, retries=3):
+def rollouts_of_rank(config, urls, key, layout, retries=3):
     """What this rank gets, of the samples of its data-parallel group."""
     groups = parallel.initialize(ParallelConfig(**layout), seed=1)
     processor = Processor.from_pretrained(config.model.hf_path)
     dp = groups.dp_cp
     samples = load_samples(config)[dp.rank() :: dp.size()]
     try:
-        engine = VLLMEngine(urls, params_of(processor), groups, processor, None, retries=retries)
+        engine = VLLMEngine(urls, params_of(processor), groups, processor, None, key=key, retries=retries)
         return [(r.sample.id, r.index, r.token_ids.tolist(), r.log_probs.tolist()) for r in engine.generate(samples)]
     except EngineLost as error:
         return str(error)
@@ -225,7 +247,7 @@ def test_ranks_of_a_model_parallel_group_get_the_same_and_others_their_share(eng
         (r.sample.id, r.index): (r.token_ids.tolist(), r.log_probs.tolist())
         for r in engine_of().generate(load_samples(config))
     }
-    ranks = run_distributed(rollouts_of_rank, 2, config, [server.url], layout, timeout=120)
+    ranks = run_distributed(rollouts_of_rank, 2, config, [server.url], server.key, layout, timeout=120)
     assert (ranks[0] == ranks[1]) == bool(layout)
     found = {(sample_id, index): (tokens, log_probs) for r in ranks for sample_id, index, tokens, log_probs in r}
     assert found.keys() == alone.keys()
@@ -237,7 +259,7 @@ def test_ranks_of_a_model_parallel_group_get_the_same_and_others_their_share(eng
 def test_a_server_killed_in_between_ends_the_run_on_all_ranks(servers, server, engine_of, config):
     """The last test: it kills the second server."""
     lost = servers[1]
-    engine = engine_of(lost.url, temperature=0.8, retries=2)
+    engine = engine_of(lost, temperature=0.8, retries=2)
     slow = dataclasses.replace(engine.params, max_response_length=200, end_token_ids=(), n=8)
     engine.params, engine.client.pause_seconds = slow, 0.1
     its_own = psutil.Process(lost.process.pid).children(recursive=True)
@@ -252,5 +274,5 @@ def test_a_server_killed_in_between_ends_the_run_on_all_ranks(servers, server, e
     assert time.monotonic() - begin < 30
     assert its_own and not psutil.wait_procs(its_own, timeout=25)[1]
     # of two data-parallel groups one has a server: both end, and name the one that is lost
-    answers = run_distributed(rollouts_of_rank, 2, config, [server.url, lost.url], {}, 0, timeout=60)
+    answers = run_distributed(rollouts_of_rank, 2, config, [server.url, lost.url], server.key, {}, 0, timeout=60)
     assert all(isinstance(answer, str) and lost.url in answer for answer in answers)

@@ -15,7 +15,8 @@ from tests.tools.evaluation.test_benchmarks import configured
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
-def test_vllm_and_the_native_engine_reply_alike(config, server, groups, tmp_path):
+def test_vllm_and_the_native_engine_reply_alike(config, server, groups, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", server.key)
     # vision tokens are never sampled here; a server has to be told
     processor = Processor.from_pretrained(config.model.hf_path)
     forbidden = ",".join(f"{token}:-100" for token in processor.forbidden_token_ids)

@@ -7,6 +7,7 @@ token ids and log-probs. One rank of each model-parallel group asks and tells th
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -30,6 +31,12 @@ from nemo_vopd.rollout.vllm.weight_sync import finish_together, together
 
 _NEVER = -1e9
 """Added to the logit of a forbidden token: its probability is 0 in float32, and JSON has no infinity."""
+_TOKEN_BYTES = 1024
+"""Room in a reply for one token with its text, the bytes of that and its log-prob; most need 150."""
+_LEAST, _MOST = -1e4, 1e-3
+"""Range of log-probs: vLLM writes -9999 for minus infinity, and rounding may lift one a little above 0."""
+Response = tuple[list[int], list[float]]
+"""Token ids and log-probs of one response."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -49,6 +56,7 @@ class VLLMEngine(RolloutEngine):
         processor: Processor,
         sync: Callable[[], None] | None,
         *,
+        key: str | None = None,
         timeout_seconds: float = 600.0,
         retries: int = 3,
         max_concurrent_requests: int = 64,
@@ -56,12 +64,14 @@ class VLLMEngine(RolloutEngine):
         """Every rank of the run calls it, and `generate` and `sync_weights`, together.
 
         `urls` are one server for all data-parallel groups, or several that are shared out. `sync` brings the student's
-        weights to them (`FolderSync`, `NCCLSync`); None leaves them as they are. Raises OptionError when a server's
-        log-probs are of another kind, EngineLost when one does not answer.
+        weights to them (`FolderSync`, `NCCLSync`); None leaves them as they are. `key` is that of the servers. Raises
+        OptionError when a server's log-probs are of another kind, EngineLost when one does not answer.
         """
         self.params, self.groups, self.sync = params, groups, sync
         self.images, self.image_token_id = PatchImages(processor.image_processor), processor.image_token_id
-        self.client = Client(urls[groups.dp_cp.rank() % len(urls)], timeout_seconds=timeout_seconds, retries=retries)
+        self.vocab_size = processor.vocab_size
+        url = urls[groups.dp_cp.rank() % len(urls)]
+        self.client = Client(url, timeout_seconds=timeout_seconds, retries=retries, key=key)
         self.max_concurrent_requests = max_concurrent_requests
         self._samples: list[Sample] = []
         self._under_way: Future | None = None
@@ -106,7 +116,7 @@ class VLLMEngine(RolloutEngine):
         if self.sync is not None:
             self.sync()
 
-    def _ask_all(self, samples: list[Sample]) -> list[list[tuple[list[int], list[float]]]]:
+    def _ask_all(self, samples: list[Sample]) -> list[list[Response]]:
         self.client.check()
         given_up = threading.Event()
         pool = ThreadPoolExecutor(min(self.max_concurrent_requests, max(len(samples), 1)))
@@ -117,8 +127,8 @@ class VLLMEngine(RolloutEngine):
             given_up.set()  # where one failed the others need not try again
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, sample: Sample, given_up: threading.Event) -> list[tuple[list[int], list[float]]]:
-        """n pairs (token ids, log-probs) of one sample."""
+    def _ask(self, sample: Sample, given_up: threading.Event) -> list[Response]:
+        """The n responses to one sample."""
         view, n = sample.student, self.params.n
         parts = [{"type": "image_url", "url": _png(image)} for image in self.images(view)]
         request = {
@@ -127,17 +137,52 @@ class VLLMEngine(RolloutEngine):
             "sampling_params": sampling_params(self.params, str(sample.key)),
             "return_token_ids": True,
         }
-        answer = self.client.post("/inference/v1/generate", request, given_up=given_up)
-        found = answer["prompt_token_ids"]
+        most_tokens = view.num_tokens + n * self.params.max_response_length
+        responses = self.client.post(
+            "/inference/v1/generate",
+            request,
+            functools.partial(self._read, sample),
+            largest_reply=2**20 + most_tokens * _TOKEN_BYTES,
+            given_up=given_up,
+        )
+        return responses * n if self.params.temperature == 0 else responses  # greedy ones are alike, it answers once
+
+    def _read(self, sample: Sample, answer: Any) -> list[Response]:
+        """The responses in the server's `answer`; see `read_responses`. Raises RunError for another prompt."""
+        found, view = list(answer["prompt_token_ids"]), sample.student
         if found != view.token_ids.tolist():
             rule = f"made {len(found)} tokens of the prompt of sample {sample.id}, training has {view.num_tokens}"
             remedy = "start it on the model of model.hf_path, its --mm-processor-kwargs with the pixels of data.full"
             raise RunError(f"vLLM at {self.client.url} {rule}; {remedy}")
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        responses = [(c["token_ids"], [token["logprob"] for token in c["logprobs"]["content"]]) for c in choices]
-        if any(choice["finish_reason"] not in ("stop", "length") for choice in choices):
-            raise RunError(f"vLLM at {self.client.url} broke off an answer to sample {sample.id}: see the server's log")
-        return responses * n if self.params.temperature == 0 else responses  # greedy ones are alike, it answers once
+        n = self.params.n if self.params.temperature > 0 else 1
+        return read_responses(answer["choices"], n, self.params.max_response_length, self.vocab_size)
+
+
+def read_responses(choices: Any, n: int, most_tokens: int, vocab_size: int) -> list[Response]:
+    """The `n` responses in the `choices` of a reply, in order.
+
+    Each has 1 to `most_tokens` tokens, ids below `vocab_size`, and one log-prob for each token. Raises ValueError,
+    KeyError or TypeError for anything else.
+    """
+    by_index = {choice["index"]: choice for choice in choices}
+    if len(choices) != n or by_index.keys() != set(range(n)):
+        raise ValueError(f"{len(choices)} responses with the numbers {list(by_index)}, {n} were asked for")
+    return [_response(by_index[index], most_tokens, vocab_size) for index in range(n)]
+
+
+def _response(choice: dict[str, Any], most_tokens: int, vocab_size: int) -> Response:
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ValueError(f"a response was broken off, finish_reason {choice['finish_reason']}")
+    tokens, log_probs = choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
+    if not 1 <= len(tokens) <= most_tokens:
+        raise ValueError(f"a response of {len(tokens)} tokens, at most {most_tokens} were asked for")
+    if strange := [token for token in tokens if type(token) is not int or not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {strange[0]}, and the model has {vocab_size} tokens")
+    if len(log_probs) != len(tokens):
+        raise ValueError(f"{len(log_probs)} log-probs of {len(tokens)} tokens")
+    if strange := [x for x in log_probs if type(x) not in (int, float) or not _LEAST <= x <= _MOST]:
+        raise ValueError(f"log-prob {strange[0]}")
+    return list(tokens), log_probs
 
 
 def log_probs_mode(params: SamplingParams) -> str:

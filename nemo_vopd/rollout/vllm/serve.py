@@ -1,10 +1,13 @@
 """vLLM's API server as a script for vLLM's own environment: `python serve.py --model DIR [options of vllm serve]`.
 
-The only file that imports vllm. It imports nothing of this package: the two environments need not share a library.
+It answers only clients that have the key in the environment variable VLLM_API_KEY. This is the only file that imports
+vllm, and it imports nothing of this package: the two environments need not share a library.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import importlib.util
 import os
 import signal
@@ -12,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 _FOLDER = Path(__file__).resolve().parent
 # run as a script, Python looks here first, where vllm.py is not vLLM
@@ -61,6 +65,36 @@ def complete_torchvision() -> bool:
         return True
 
 
+def prove_key(key: str, challenge: bytes) -> str:
+    """What only a program that has `key` can answer to `challenge`."""
+    return hmac.new(key.encode(), challenge, hashlib.sha256).hexdigest()
+
+
+class RequireKey:
+    """ASGI middleware that refuses requests without the key.
+
+    vLLM's own check of the key leaves its development endpoints open, which can change the weights. Two paths stay
+    open here: /health, and /prove_key?CHALLENGE, by which a client finds out whether it may send its key.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Guard `app`."""
+        self.app, self.key = app, os.environ["VLLM_API_KEY"]
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer a request, or hand it on."""
+        from starlette.responses import JSONResponse  # type: ignore[import-not-found]
+
+        answer = self.app
+        if scope["type"] != "lifespan" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if scope["path"] == "/prove_key":
+                answer = JSONResponse(prove_key(self.key, scope["query_string"]))
+            elif not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+                answer = JSONResponse({"error": {"message": "the key is missing or wrong"}}, 401)
+        await answer(scope, receive, send)
+
+
 # Slurm sends the signal that warns a run of its end to every process of the job, and this one has no use for it
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # A server that a run started ends with the run. vLLM's own processes, forked or started anew with this file as
@@ -73,6 +107,11 @@ elif __name__ != "__main__":
 completed = complete_torchvision()
 
 if __name__ == "__main__":
+    if not os.environ.get("VLLM_API_KEY"):
+        rule = "whoever reaches this server could change its weights; set it to a long secret"
+        print(f"error: VLLM_API_KEY is not set: {rule}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv += ["--middleware", "__main__.RequireKey"]
     if completed:
         from vllm.model_executor.models import registry  # type: ignore[import-not-found]
 

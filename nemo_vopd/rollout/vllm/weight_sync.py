@@ -63,12 +63,19 @@ def agree(failure: BaseException | None, done: bool = True) -> bool:
 class FolderSync:
     """Weights through a folder on storage that all ranks and servers share, on any device."""
 
-    def __init__(self, urls: list[str], folder: Path, write: Callable[[Path], None], timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        folder: Path,
+        write: Callable[[Path], None],
+        timeout_seconds: float,
+        key: str | None = None,
+    ) -> None:
         """`write` makes the Hugging Face directory it is given, called by all ranks together.
 
-        `folder` belongs to this run alone: other weights in it are removed.
+        `folder` belongs to this run alone: other weights in it are removed. `key` is that of the servers.
         """
-        self.clients = [Client(url, timeout_seconds=timeout_seconds, retries=1) for url in urls]
+        self.clients = [Client(url, timeout_seconds=timeout_seconds, retries=1, key=key) for url in urls]
         self.folder, self.write = folder.resolve(), write
 
     def __call__(self) -> None:
@@ -99,15 +106,16 @@ class NCCLSync:
         tensors: Callable[[], Iterator[tuple[str, Tensor]]],
         groups: ProcessGroupCollection,
         timeout_seconds: float,
+        key: str | None = None,
     ) -> None:
         """`tensors` yields this stage's whole tensors by the names of the Hugging Face files on its tensor group.
 
-        Raises OptionError without a GPU.
+        `key` is that of the servers. Raises OptionError without a GPU.
         """
         if not torch.cuda.is_available():
             remedy = "set rollout.vllm.sync=folder"
             raise OptionError("rollout.vllm.sync", "nccl", "needs NVIDIA GPUs on both sides", remedy)
-        self.clients = [Client(url, timeout_seconds=timeout_seconds, retries=0) for url in urls]
+        self.clients = [Client(url, timeout_seconds=timeout_seconds, retries=0, key=key) for url in urls]
         self.tensors, self.groups = tensors, groups
         self._communicator: Any = None
 
@@ -124,6 +132,7 @@ class NCCLSync:
         agree(failure)
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        _at_all(self.clients, Client.check)
         self._communicator = self._communicator or self._connect()
         _at_all(self.clients, lambda client: client.post("/start_weight_update"))
         for chunk in _chunks(tensors):
@@ -142,7 +151,7 @@ class NCCLSync:
 
     def _connect(self) -> Any:
         """A communicator of this rank, number 0, and all workers of all servers."""
-        sizes = [client.get("/get_world_size")["world_size"] for client in self.clients]
+        sizes = [client.get("/get_world_size", read=lambda answer: answer["world_size"]) for client in self.clients]
         offsets, world = list(itertools.accumulate(sizes, initial=1)), 1 + sum(sizes)
         unique_id = nccl.unique_id()
         shared = {"world_size": world, "nccl_unique_id_b64": base64.b64encode(unique_id).decode()}

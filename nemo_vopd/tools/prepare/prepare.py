@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nemo_vopd.data.blend import write_blend
 from nemo_vopd.data.record_fields import BOX_FORMATS
-from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.errors import OptionError, RunError, printable
 from nemo_vopd.tools.prepare.card import write_card
 from nemo_vopd.tools.prepare.folders import partial_folder
 from nemo_vopd.tools.prepare.index import META, load_energon, write_index, write_manifest
@@ -214,7 +214,7 @@ def _write_indexes(parts: Sequence[_Part], options: PrepareOptions, result: Path
 def _report(parts: Sequence[_Part], whole: Statistics, options: PrepareOptions, output: Path) -> None:
     print(f"kept {whole.kept} records in {output}, dropped {whole.dropped.total()}")
     for reason, count in whole.dropped.most_common():
-        print(f"  dropped {count}: {reason} (first: {whole.examples[reason]})")
+        print(f"  dropped {count}: {reason} (first: {printable(whole.examples[reason])})")
     for part in parts if len(parts) > 1 else ():
         told = part.summary()
         print("  {path}: kept {kept}, dropped {dropped}, weight {weight:g}".format(**told))
