@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -51,10 +52,8 @@ def read_config(path: str | Path) -> Any:
     Raises OptionError when there is none, or transformers cannot make one of it.
     """
     remedy = "give the directory of a Hugging Face vision-language model"
-    if not Path(path).is_dir():
-        raise refusal(path, "is not a directory", remedy)
     if not (Path(path) / "config.json").is_file():
-        raise refusal(path, "has no config.json", remedy)
+        raise refusal(path, *_what_it_is(Path(path), remedy))
     content = read_json(path, "config.json")
     if not isinstance(content.get("model_type"), str):
         raise refusal(path, "config.json names no model_type", remedy)
@@ -68,6 +67,22 @@ def read_config(path: str | Path) -> Any:
     if config.dtype is None:
         config.dtype = _stored_dtype(path)
     return config
+
+
+def _what_it_is(path: Path, remedy: str) -> tuple[str, str]:
+    """What `path`, which holds no config.json, is instead, and what to do about it."""
+    export = "python recipes/convert_checkpoint.py export checkpoint={} output=DIRECTORY makes a model directory of it"
+    if (path / ".nv-meta").is_dir():
+        return "is a data set", remedy
+    if (path / "manifest.json").is_file():
+        return "is a checkpoint of a run", export.format(path)
+    if (path / "checkpoints").is_dir() or (path / "status.json").is_file():
+        return "is the folder of a run", export.format(path / "checkpoints" / "last")
+    if path.is_dir():
+        return "has no config.json", remedy
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return "is no directory, and nothing is downloaded", f"hf download {path} --local-dir DIRECTORY, and give that"
+    return "does not exist" if not path.exists() else "is not a directory", remedy
 
 
 def _stored_dtype(path: str | Path) -> torch.dtype | None:

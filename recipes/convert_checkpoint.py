@@ -55,9 +55,8 @@ def main(cfg: DictConfig) -> None:
         raise OptionError("weights", options.weights, "must be student or teacher", "set weights=student")
     if output.exists():
         raise OptionError("output", output, "exists", "choose another directory")
-    if options.action == "export" and (options.checkpoint is None or not Path(options.checkpoint).is_dir()):
-        remedy = "give a folder of <exp_dir>/checkpoints"
-        raise OptionError("checkpoint", options.checkpoint, "is not a directory", remedy)
+    if options.action == "export":
+        _require_checkpoint(options.checkpoint)
     if options.action == "import" and not config.model.hf_path:
         raise OptionError("model.hf_path", config.model.hf_path, "names no directory", "give the model to import")
     from nemo_vopd.tools.convert import export_checkpoint, import_model  # Megatron takes seconds to import
@@ -66,6 +65,19 @@ def main(cfg: DictConfig) -> None:
         export_checkpoint(config, Path(options.checkpoint or ""), options.weights, output)
     else:
         import_model(config, output)
+
+
+def _require_checkpoint(checkpoint: str | None) -> None:
+    """Raise OptionError, with the folder that may have been meant, for what is no checkpoint at first sight."""
+    folder, remedy = Path(checkpoint or ""), "give a folder of <exp_dir>/checkpoints"
+    if checkpoint is None or not folder.is_dir():
+        raise OptionError("checkpoint", checkpoint, "is not a directory", remedy)
+    for inside in ("checkpoints/last", "last"):
+        if (folder / inside).is_dir():
+            rule = "is the folder of a run" if "/" in inside else "is the folder of all checkpoints"
+            raise OptionError("checkpoint", checkpoint, rule, f"give checkpoint={folder / inside}")
+    if (folder / "config.json").is_file() and not (folder / "manifest.json").exists():
+        raise OptionError("checkpoint", checkpoint, "is a model directory, which needs no export", remedy)
 
 
 if __name__ == "__main__":

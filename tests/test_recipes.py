@@ -254,6 +254,32 @@ def test_mistakes_end_with_one_line_and_code_2(assets, tmp_path):
         assert "Traceback" not in done.stderr, name
 
 
+def test_what_is_given_in_the_place_of_a_model_or_a_checkpoint_is_named(assets, tmp_path):
+    run, model = tmp_path / "run", f"{assets}/tiny-vlm"
+    command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={run}", "trainer.max_steps=1"]
+    assert run_recipe(*command, "checkpoint.every_n_steps=1", NEMO_VOPD_TINY=str(assets)).returncode == 0
+    export, evaluate = ["recipes/convert_checkpoint.py", "export", f"output={tmp_path}/out"], ["recipes/evaluate.py"]
+    evaluate += [f"data.path={assets}/tiny-digits", "precision.dtype=fp32"]
+    last = run / "checkpoints" / "last"
+    for given, words in {
+        f"model.hf_path={last}": "is a checkpoint of a run; python recipes/convert_checkpoint.py export",
+        f"model.hf_path={run}": f"is the folder of a run; python recipes/convert_checkpoint.py export checkpoint={run}",
+        "model.hf_path=Qwen/Qwen2.5-VL-7B-Instruct": "is no directory, and nothing is downloaded; hf download Qwen/",
+        f"model.hf_path={tmp_path}/nowhere": "does not exist; give the directory",
+        f"model.hf_path={run}/status.json": "is not a directory; give the directory",
+        f"model.hf_path={assets}/tiny-digits": "is a data set; give the directory",
+        f"model.hf_path={tmp_path}": "has no config.json; give the directory",
+        f"checkpoint={run}": f"is the folder of a run; give checkpoint={last}",
+        f"checkpoint={run}/checkpoints": f"is the folder of all checkpoints; give checkpoint={last}",
+        f"checkpoint={model}": "is a model directory, which needs no export",
+        f"checkpoint={assets}/tiny-digits": "is not a checkpoint of this program",
+    }.items():
+        done = run_recipe(*(export if given.startswith("checkpoint") else evaluate), given)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and words in errors[0], (given, done.stderr[-1000:])
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_may_stand_before_flags_and_help_helps():
     done = run_recipe("recipes/train_vopd.py", "rollout.n=-3", "--config-name", "tiny")
     assert done.returncode == 2 and "rollout.n=-3" in done.stderr
