@@ -21,6 +21,7 @@ from nemo_vopd.command_line import CONF, Command, explain, help_text, read, take
 from nemo_vopd.errors import OptionError, RunError, printable
 
 _ANNOUNCERS = (
+    "torch.utils.cpp_extension",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.distributed.distributed_data_parallel",
     "megatron.core.dist_checkpointing.strategies.common",
@@ -29,7 +30,7 @@ _ANNOUNCERS = (
 
 
 def quiet_announcements() -> None:
-    """Silence the parts of Megatron-Core 0.19 that announce at every start what a later version will change.
+    """Silence the parts of torch and Megatron-Core 0.19 that announce at every start what is missing or will change.
 
     They would stand on standard output, before the JSON of plan.py and generate.py.
     """

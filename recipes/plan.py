@@ -54,8 +54,6 @@ def main(cfg: DictConfig, as_json: bool) -> None:
         print(text, flush=True)
     if remedy is not None:
         raise RunError(remedy)
-    if not as_json:
-        print("fits", flush=True)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,11 @@ check_arithmetic() { # before anything touches a GPU; what the parallel sizes mu
       *[!A-Za-z0-9._/+@%-]*) refuse "$word: holds a character that Hydra or pyxis reads as its own; rename the folder" ;;
     esac
   done
-  [ "$DRY" = 1 ] && return
+  if [ "$DRY" = 1 ]; then # nodes may see what this machine does not
+    [ -z "$MODEL" ] || [ -d "$MODEL" ] || say "note: MODEL=$MODEL is not a directory on $(hostname -s)"
+    [ -z "$DATA" ] || [ -e "$DATA" ] || say "note: DATA=$DATA does not exist on $(hostname -s)"
+    return
+  fi
   [ -z "$MODEL" ] || [ -d "$MODEL" ] ||
     refuse "MODEL=$MODEL: is not a directory on $(hostname -s); give the Hugging Face directory of the model"
   [ -z "$DATA" ] || [ -d "$DATA" ] || [[ $DATA = *.yaml && -f $DATA ]] ||

@@ -13,7 +13,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 SMALL = {
-    "--config-name train": ["trainer.max_steps=2", "data.batch_size=2", "rollout.n=2", "rollout.max_response_length=4"],
+    "--config-name train_7b": [
+        *["trainer.max_steps=2", "data.batch_size=2", "rollout.n=2", "rollout.max_response_length=4"],
+        "parallel.tensor=2",  # a tiny model has two key-value heads, and this machine two cores
+    ],
     "--config-name tiny": ["trainer.max_steps=2"],
     "recipes/generate.py": ["max_new_tokens=3"],
     "recipes/evaluate.py": ["limit=4", "rollout.max_response_length=4"],
@@ -25,10 +28,7 @@ def local(command: str, folder: Path, model: Path) -> tuple[int, list[str]]:
     command = command.replace("my/", f"{folder}/").replace("Qwen2.5-VL-7B-Instruct", str(model))
     command = command.replace("runs/", f"{folder}/runs/")
     command = command.replace("photo.jpg", next((folder / "images").iterdir()).relative_to(folder).as_posix())
-    # a tiny model has two key-value heads, and this machine two cores
-    command = command.replace("--nproc-per-node 8", "--nproc-per-node 2").replace(
-        "parallel.tensor=4", "parallel.tensor=2"
-    )
+    command = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
     program, *arguments = shlex.split(command)
     nproc = 1
     if program == "torchrun":
@@ -36,7 +36,7 @@ def local(command: str, folder: Path, model: Path) -> tuple[int, list[str]]:
         nproc, arguments = int(arguments[1]), arguments[2:]
     extra = [item for key, items in SMALL.items() if key in command for item in items]
     if "train_vopd" in command:
-        name = "train" if "--config-name train" in command else "tiny"
+        name = "train_7b" if "--config-name train_7b" in command else "tiny"
         extra.append(f"exp_manager.exp_dir={folder}/runs/{name}")
     return nproc, [*arguments, *extra]
 
@@ -57,8 +57,8 @@ def test_commands_run_in_order(assets, tmp_path):
         nproc, arguments = local(command, tmp_path / "my", assets / "tiny-vlm")
         done = run_recipe(*arguments, nproc=nproc, NEMO_VOPD_TINY=str(assets))
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-    assert (tmp_path / "my" / "runs" / "train" / "results" / "gap.json").exists()
-    assert (tmp_path / "my" / "runs" / "train" / "report.html").exists()
+    assert (tmp_path / "my" / "runs" / "train_7b" / "results" / "gap.json").exists()
+    assert (tmp_path / "my" / "runs" / "train_7b" / "report.html").exists()
 
 
 def test_links_and_paths_name_files():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from nemo_vopd.errors import OptionError
@@ -25,8 +26,21 @@ class Plan(Case):
         self.fits = self.fullest.total <= self.gpu.memory_bytes
         self.host, self.timing = host_bytes(self), Timing(self)
         """Bytes by kind of a node's host memory; operations and seconds of a step."""
-        self.gpu_hours = self.timing.step_seconds * config.trainer.max_steps * config.world_size / 3600
-        """GPU-hours of the whole run."""
+        self.hours = self.timing.step_seconds * config.trainer.max_steps / 3600
+        """Hours of the whole run by the clock, saves and measurements left out."""
+        self.gpu_hours = self.hours * config.world_size
+
+
+_MOST_NODES = 8
+"""Factor up to which more nodes are proposed."""
+
+
+def verdict(plan: Plan) -> str:
+    """The answer in one line: whether it fits, and how long it takes."""
+    need, have = plan.fullest.total / GIB, plan.gpu.memory_bytes / GIB
+    fits = f"{'fits' if plan.fits else 'does not fit'}: {need:.1f} of {have:.1f} GiB on the fullest GPU"
+    step, steps = plan.timing.step_seconds, plan.config.trainer.max_steps
+    return f"{fits}; {step:.3g} s a step, {plan.hours:.2g} hours for {steps} steps ({plan.gpu_hours:.2g} GPU-hours)"
 
 
 def remedy_for(plan: Plan) -> str:
@@ -35,10 +49,10 @@ def remedy_for(plan: Plan) -> str:
     phase = max(plan.fullest.phases, key=lambda name: plan.fullest.phases[name])
     need, have = plan.fullest.total / GIB, plan.gpu.memory_bytes / GIB
     problem = f"does not fit: pipeline stage {number} needs {need:.1f} of {have:.1f} GiB in the {phase} phase"
-    for change in _changes(plan, phase):
+    for change in (*_changes(plan, phase), *_layouts(plan.config)):
         if _fits(plan.config, change):
-            return f"{problem}; {_say(change)}"
-    return f"{problem}; no single option mends that: add nodes and raise parallel.pipeline, or use gpu=h200"
+            return f"{problem}; {_say(plan.config, change)}"
+    return f"{problem}; no layout on up to {_MOST_NODES} times as many nodes does: use gpu=h200 or a smaller model"
 
 
 def divide_remedy(error: OptionError, config: PlanConfig) -> str:
@@ -53,8 +67,9 @@ def divide_remedy(error: OptionError, config: PlanConfig) -> str:
     for nodes in range(1, 4 * max(config.num_nodes, -(-size // config.gpus_per_node)) + 1):
         change = {"num_nodes": nodes}
         if nodes * config.gpus_per_node % size == 0 and _fits(config, change):
-            return f"{rule}; {_say(change)}"
-    return f"{rule}; choose a smaller parallel.tensor or parallel.pipeline"
+            return f"{rule}; {_say(config, change)}"
+    fitting = next((change for change in _layouts(config) if _fits(config, change)), None)
+    return f"{rule}; {_say(config, fitting) if fitting else 'no layout fits: add nodes, or use gpu=h200'}"
 
 
 def _changes(plan: Plan, phase: str) -> Iterator[dict[str, Any]]:
@@ -82,6 +97,20 @@ def _changes(plan: Plan, phase: str) -> Iterator[dict[str, Any]]:
     yield from (split, more_nodes[2] | split, more_nodes[4] | split)
 
 
+def _layouts(config: PlanConfig) -> Iterator[dict[str, Any]]:
+    """Other layouts with all that saves memory: few nodes first, and tensor parallelism within a node."""
+    saving = {"trainer.recompute": "layers", "trainer.recompute_vision": True, "distill.teacher.offload": True}
+    saving |= {"parallel.pipeline_layout": None, "parallel.virtual_pipeline": 1}
+    for factor in range(1, _MOST_NODES + 1):
+        world, tensor = config.world_size * factor, 1
+        while tensor <= config.gpus_per_node:
+            for pipeline in range(1, world // tensor + 1):
+                if world % (tensor * pipeline) == 0:
+                    layout = {"parallel.tensor": tensor, "parallel.sequence": tensor > 1, "parallel.pipeline": pipeline}
+                    yield {"num_nodes": config.num_nodes * factor, **layout, **saving}
+            tensor *= 2
+
+
 def _fits(config: PlanConfig, change: dict[str, Any]) -> bool:
     changed = copy.deepcopy(config)
     for option, value in change.items():
@@ -96,8 +125,11 @@ def _fits(config: PlanConfig, change: dict[str, Any]) -> bool:
         return False
 
 
-def _say(change: dict[str, Any]) -> str:
-    return "set " + " and ".join(f"{option}={str(value).lower()}" for option, value in change.items())
+def _say(config: PlanConfig, change: dict[str, Any]) -> str:
+    """The `change` as it is typed, less what `config` has already."""
+    new = {option: value for option, value in change.items() if attrgetter(option)(config) != value}
+    written = {option: "null" if value is None else str(value).lower() for option, value in new.items()}
+    return "set " + " and ".join(f"{option}={value}" for option, value in written.items())
 
 
 def _machine(config: PlanConfig, data_parallel: int | None) -> dict[str, Any]:
@@ -108,7 +140,8 @@ def _machine(config: PlanConfig, data_parallel: int | None) -> dict[str, Any]:
 
 def refusal_json(config: PlanConfig, remedy: str) -> dict[str, Any]:
     """The object for sizes that do not divide: nothing could be counted."""
-    empty = dict.fromkeys(("parameters", "batch", "flops", "phase_seconds", "step_seconds", "gpu_hours", "host_bytes"))
+    times = "phase_seconds", "step_seconds", "hours", "gpu_hours"
+    empty = dict.fromkeys(("parameters", "batch", "flops", *times, "host_bytes"))
     assumed = {"assumptions": vars(config.assume), "fits": False, "remedy": remedy}
     return {**empty, "stages": [], **_machine(config, None), **assumed}
 
@@ -153,6 +186,7 @@ def plan_json(plan: Plan, remedy: str | None) -> dict[str, Any]:
         "phase_seconds": timing.seconds,
         "stage_seconds": timing.stage_seconds,
         "step_seconds": timing.step_seconds,
+        "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
         "assumptions": vars(config.assume),
         "fits": plan.fits,
@@ -172,6 +206,8 @@ def plan_text(plan: Plan) -> str:
     rows = [(phase, flops.get(phase), seconds) for phase, seconds in timing.seconds.items()]
     rows.append(("step", flops["total"], timing.step_seconds))
     lines = [
+        verdict(plan),
+        "",
         f"{plan.config.model.hf_path}: {parameters['total'] / 1e9:.2f} billion parameters "
         f"({parameters['text'] / 1e9:.2f} text, {parameters['vision'] / 1e9:.2f} vision), {dtype}",
         f"{data['world_size']} x {plan.gpu.name}: tensor {layout['tensor']}"
@@ -193,7 +229,6 @@ def plan_text(plan: Plan) -> str:
         f"{'phase':<12}{'PFLOP':>10}{'seconds':>10}",
         *(f"{name:<12}{'' if num is None else f'{num / 1e15:.0f}':>10}{time:>10.1f}" for name, num, time in rows),
         f"student pass of one microbatch by stage, milliseconds: {stage_times}",
-        f"{plan.config.trainer.max_steps} steps: {plan.gpu_hours:.0f} GPU-hours",
         "",
         "assumed (change with assume.NAME=VALUE):",
         *(f"  {name}={'largest image' if value is None else value}" for name, value in data["assumptions"].items()),

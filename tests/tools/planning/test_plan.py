@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -208,6 +209,22 @@ def test_every_shipped_run_fits_and_has_the_published_size():
         assert row.endswith(f" {fullest:.1f} | {plan['step_seconds']:.0f} | {plan['gpu_hours']:.0f} |")
         assert 0.1 < plan["flops"]["total"] / (plan["step_seconds"] * plan["world_size"] * 989e12) < 0.4
     assert len(SHIPPED) == 5
+
+
+def test_every_documented_training_command_passes_the_plan():
+    """On the number of GPUs that it says; the tiny run's commands run in other tests."""
+    text = "".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    text = text.replace("\\\n", " ")
+    named = r"(?:train_vopd\.py|train|--) --config-name (train\w*)(?=\s)([^\n`|]*)"
+    cases = []
+    for name, rest in re.findall(named, text):
+        words = [word for word in rest.split() if "=" in word]
+        # neither the model nor the data are here, and the configuration names the published size
+        overrides = tuple(w for w in words if not w.startswith(("model.hf_path=", "data.path=", "exp_manager.")))
+        cases.append((name, overrides))
+    assert {name for name, _ in cases} >= {"train_7b", "train_72b"} and "train" not in dict(cases), cases
+    for case, plan in zip(cases, run_distributed(plans, 1, cases)[0], strict=True):
+        assert plan["fits"], (case, plan["remedy"])
 
 
 def test_a_model_directory_wins_over_the_published_architecture(assets):
