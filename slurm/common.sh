@@ -4,11 +4,12 @@
 set -uo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$REPO" || exit 2
-SCRIPT=$0
+SCRIPT=$(realpath "$0")
+# paths mean what they mean in the folder where they were typed
 [ -d "$MODEL" ] && MODEL=$(realpath "$MODEL")
 [ -e "$DATA" ] && DATA=$(realpath "$DATA")
 RESULTS=$(realpath -m "$RESULTS")
+cd "$REPO" || exit 2
 if [ -n "$IMAGE" ]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHON:-$REPO/.venv/bin/python}; fi
 GPU=${GPU:-h100}
 MAX_RESTARTS=${MAX_RESTARTS:-3}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.distributed import HANG, ROOT
 
 pytestmark = pytest.mark.slurm
 SCRIPT = "slurm/train_tiny.sh"
@@ -170,3 +172,28 @@ def test_refused_configuration(cluster, submit, tmp_path):
     assert "error: num_nodes=2: 4 GPUs are no multiple of parallel.tensor" in cluster.output(by_plan)
     assert "refused: parallel.tensor=3: " in cluster.output(by_training)
     assert not (tmp_path / "planned/slurm" / f"{by_plan}-0" / "rank-000.log").exists()
+
+
+def test_a_dry_run_works_from_any_folder_and_says_what_is_not_there(assets, tmp_path):
+    def dry(folder, script, **variables):
+        environment = {
+            **os.environ,
+            "DRY_RUN": "1",
+            "PYTHON": sys.executable,
+            "NEMO_VOPD_TINY": str(assets),
+            **variables,
+        }
+        return subprocess.run(
+            ["bash", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG
+        )
+
+    (tmp_path / "model").symlink_to(assets / "tiny-vlm")
+    done = dry(tmp_path, os.path.relpath(ROOT / "slurm" / "train_tiny.sh", tmp_path), MODEL="model")
+    assert done.returncode == 0 and "sed:" not in done.stderr, done.stderr[-1000:]
+    # paths mean what they mean where they were typed
+    assert f"model.hf_path={assets}/tiny-vlm" in done.stdout and f"exp_dir={tmp_path}/runs/slurm_tiny" in done.stdout
+    done = dry(ROOT / "slurm", "train_7b.sh", MODEL="/nowhere/model", DATA="/nowhere/data")
+    assert done.returncode == 0 and "note: MODEL=/nowhere/model is not a directory on" in done.stdout, done.stderr[
+        -1000:
+    ]
+    assert "note: DATA=/nowhere/data does not exist on" in done.stdout
