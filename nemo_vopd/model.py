@@ -172,7 +172,7 @@ class VisionOPDModel(ModelPT):
         metrics = {**metrics, **seconds, "tokens_per_second": metrics["num_response_tokens"] / seconds["seconds_step"]}
         self.reporter.write("metrics", metrics)
         for name, value in metrics.items():
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) and name != "step":  # loggers count steps themselves, as whole numbers
                 shown = name in ("loss", "mean_response_length", "tokens_per_second")
                 self.log(name, float(value), prog_bar=shown, rank_zero_only=True, batch_size=1)
 

@@ -254,6 +254,29 @@ def test_mistakes_end_with_one_line_and_code_2(assets, tmp_path):
         assert "Traceback" not in done.stderr, name
 
 
+def test_other_loggers_offline(assets, tmp_path):
+    tiny = ["recipes/train_vopd.py", "--config-name", "tiny", "trainer.max_steps=2"]
+    options = ["exp_manager.create_wandb_logger=true", "exp_manager.create_mlflow_logger=true"]
+    variables = {"NEMO_VOPD_TINY": str(assets), "WANDB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    variables["MLFLOW_TRACKING_URI"] = f"file:{tmp_path}/mlruns"
+    done = run_recipe(*tiny, f"exp_manager.exp_dir={tmp_path}/named", *options, **variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [line["loss"] for line in read_lines(tmp_path / "named" / "metrics.jsonl")]
+    (logged,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    written = [line.split() for line in logged.read_text().splitlines()]  # time, value, step
+    assert [float(value) for _, value, _ in written] == pytest.approx(losses) and [s for *_, s in written] == ["0", "1"]
+    assert (logged.parents[1] / "tags" / "mlflow.runName").read_text() == "named"
+    (binary,) = (tmp_path / "named" / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"nemo_vopd" in binary.read_bytes() and b"mean_response_length" in binary.read_bytes()
+    for option, words in {
+        "exp_manager.create_wandb_loger=true": "no such option of NeMo's exp_manager; did you mean create_wandb_logger",
+        "exp_manager.create_wandb_logger=true": "create_wandb_logger=True: cannot start (No API key configured",
+    }.items():
+        done = run_recipe(*tiny, f"exp_manager.exp_dir={tmp_path}/no", option, NEMO_VOPD_TINY=str(assets))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and words in errors[0], done.stderr[-1000:]
+
+
 def test_what_is_given_in_the_place_of_a_model_or_a_checkpoint_is_named(assets, tmp_path):
     run, model = tmp_path / "run", f"{assets}/tiny-vlm"
     command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={run}", "trainer.max_steps=1"]

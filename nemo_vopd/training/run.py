@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import difflib
 import json
 import logging
+import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import MLFlowLogger
 from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging as nemo_logging
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import OmegaConf
 
 from nemo_vopd.alive import watched
 from nemo_vopd.cli import quiet_announcements
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import require_dataset
-from nemo_vopd.errors import EngineLost, OptionError
+from nemo_vopd.errors import EngineLost, OptionError, printable
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
@@ -56,6 +60,7 @@ def train(config: Config, signals: StopSignals | None = None, evaluation: Evalua
     `evaluation` measures the model where `config.evaluation` asks for it.
     """
     assert evaluation is not None or config.evaluation.path is None, "nobody measures what evaluation.path asks for"
+    _check_names(config.exp_manager)
     check_model(config)
     _check_support(config.distill.top_k, shape_of(config).vocab_size)
     require_dataset(config.data.path)
@@ -128,6 +133,16 @@ class SaveLostStep(Callback):
             pl_module.control.write_status(reason, trainer.global_step, pl_module.checkpointer.last)
 
 
+def _check_names(exp_manager_options: dict[str, Any]) -> None:
+    """Raise OptionError for an option that NeMo's exp_manager does not have."""
+    known = {field.name for field in dataclasses.fields(ExpManagerConfig)}
+    for name, value in exp_manager_options.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+            remedy = f"did you mean {' or '.join(close[:3])}?"
+            raise OptionError(f"exp_manager.{name}", value, "no such option of NeMo's exp_manager", remedy)
+
+
 def _check_support(top_k: int | None, vocab_size: int) -> None:
     if top_k is not None and top_k > vocab_size:
         rule = f"must not exceed the vocabulary size, {vocab_size}"
@@ -179,14 +194,34 @@ def build_trainer(config: Config) -> Trainer:
 
 
 def start_experiment(trainer: Trainer, config: Config) -> None:
-    """Hand logging over to NeMo's exp_manager, in `exp_dir`/logs: it moves the files it finds in its folder away."""
+    """Hand logging over to NeMo's exp_manager, in `exp_dir`/logs: it moves the files it finds in its folder away.
+
+    Raises OptionError when a logger cannot start.
+    """
     options = copy.deepcopy(config.exp_manager)
     folder = Path(options.pop("exp_dir"))
     options["explicit_log_dir"] = str(folder / "logs")
     options["checkpoint_callback_params"] = {"dirpath": str(folder / "checkpoints")}  # where exp_manager looks
+    name = {"project": "nemo_vopd", "name": folder.absolute().name}
+    options["wandb_logger_kwargs"] = {**name, **(options.get("wandb_logger_kwargs") or {})}
+    with_mlflow, mlflow = options.pop("create_mlflow_logger", False), options.pop("mlflow_logger_kwargs", None) or {}
     level = nemo_logging.getEffectiveLevel()
     nemo_logging.setLevel(nemo_logging.ERROR)  # exp_manager prints its whole schema
-    exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
+    try:
+        exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
+        if with_mlflow and parallel.is_rank_zero():  # NeMo 3.0 gives its own logger the name twice
+            named = {"experiment_name": "nemo_vopd", "run_name": name["name"]}
+            named |= {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), **mlflow}
+            trainer.loggers = [*trainer.loggers, MLFlowLogger(**named)]
+        for logger in trainer.loggers:
+            _ = logger.experiment  # a missing key or server is told now, not after the model was read
+    except Exception as error:  # each logger has errors of its own
+        wanted = [key for key in ("create_wandb_logger", "create_mlflow_logger") if config.exp_manager.get(key)]
+        if not wanted:
+            raise
+        remedy = "install it, log in, or set WANDB_MODE=offline or MLFLOW_TRACKING_URI (docs/logging.md)"
+        rule = f"cannot start ({printable(error)[:200]})"
+        raise OptionError(f"exp_manager.{wanted[0]}", True, rule, remedy) from None
     nemo_logging.setLevel(level)
     # exp_manager routes Megatron's INFO records, hundreds of parameter names, to the console
     logging.getLogger("megatron").setLevel(logging.WARNING)
