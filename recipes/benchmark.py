@@ -122,6 +122,7 @@ class BenchmarkConfig(Config):
 
 
 ConfigStore.instance().store(name="nemo_vopd_benchmark", node=BenchmarkConfig)
+COMMAND = Command(BenchmarkConfig, "benchmark", word="part")
 
 
 def main(cfg: DictConfig) -> None:
@@ -178,4 +179,4 @@ def _gpu(config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(BenchmarkConfig, "benchmark", word="part"))
+    run_recipe(main, COMMAND)

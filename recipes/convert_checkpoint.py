@@ -40,6 +40,7 @@ class ConvertConfig:
 
 
 ConfigStore.instance().store(name="nemo_vopd_convert", node=ConvertConfig)
+COMMAND = Command(ConvertConfig, "convert_checkpoint", word="action")
 
 
 def main(cfg: DictConfig) -> None:
@@ -81,4 +82,4 @@ def _require_checkpoint(checkpoint: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(ConvertConfig, "convert_checkpoint", word="action"))
+    run_recipe(main, COMMAND)

@@ -17,6 +17,7 @@ from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig, check
 from nemo_vopd.validation import from_hydra
 
 ConfigStore.instance().store(name="nemo_vopd_evaluate", node=EvaluateConfig)
+COMMAND = Command(EvaluateConfig, "evaluate")
 
 
 def main(cfg: DictConfig) -> None:
@@ -40,4 +41,4 @@ def help_text() -> str:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(EvaluateConfig, "evaluate"), help_text)
+    run_recipe(main, COMMAND, help_text)

@@ -36,6 +36,7 @@ class GenerateConfig(Config):
 
 
 ConfigStore.instance().store(name="nemo_vopd_generate", node=GenerateConfig)
+COMMAND = Command(GenerateConfig, "generate", texts=("prompt", "image"))
 
 
 def main(cfg: DictConfig) -> None:
@@ -51,4 +52,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(GenerateConfig, "generate", texts=("prompt", "image")))
+    run_recipe(main, COMMAND)

@@ -87,6 +87,7 @@ class LaunchConfig:
 
 
 ConfigStore.instance().store(name="nemo_vopd_launch", node=LaunchConfig)
+COMMAND = Command(LaunchConfig, "launch")
 
 
 def main(cfg: DictConfig, arguments: list[str]) -> None:
@@ -275,4 +276,4 @@ if __name__ == "__main__":
     for word in sys.argv[1:]:
         if word.startswith(("--config-name", "-cn")):  # Hydra would take it for this recipe's own
             fail(str(OptionError(word, "", "is an option of the training run", "write it after --")))
-    run_recipe(lambda cfg: main(cfg, training), Command(LaunchConfig, "launch"))
+    run_recipe(lambda cfg: main(cfg, training), COMMAND)

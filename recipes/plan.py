@@ -27,6 +27,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that happens to be here must no
 
 # the schema every training configuration begins with: so each of them takes these options as its own
 ConfigStore.instance().store(name="nemo_vopd", node=PlanConfig)
+COMMAND = Command(PlanConfig, "train_72b")
 
 
 def main(cfg: DictConfig, as_json: bool) -> None:
@@ -59,4 +60,4 @@ def main(cfg: DictConfig, as_json: bool) -> None:
 if __name__ == "__main__":
     as_json = "--json" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--json"]
-    run_recipe(lambda cfg: main(cfg, as_json), Command(PlanConfig, "train_72b"))
+    run_recipe(lambda cfg: main(cfg, as_json), COMMAND)

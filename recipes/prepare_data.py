@@ -50,6 +50,7 @@ class PrepareConfig(PrepareOptions):
 
 
 ConfigStore.instance().store(name="prepare_data_schema", node=PrepareConfig)
+COMMAND = Command(PrepareConfig, "prepare_data")
 
 
 def main(cfg: DictConfig, preview: bool) -> None:
@@ -96,4 +97,4 @@ def _verify(path: str, workers: int) -> None:
 if __name__ == "__main__":
     preview = "--preview" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--preview"]
-    run_recipe(lambda cfg: main(cfg, preview), Command(PrepareConfig, "prepare_data"))
+    run_recipe(lambda cfg: main(cfg, preview), COMMAND)

@@ -65,6 +65,7 @@ class QuickstartConfig(Config):
 
 
 ConfigStore.instance().store(name="nemo_vopd_quickstart", node=QuickstartConfig)
+COMMAND = Command(QuickstartConfig, "quickstart")
 
 
 def main(cfg: DictConfig) -> None:
@@ -193,4 +194,4 @@ class Clock:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(QuickstartConfig, "quickstart"))
+    run_recipe(main, COMMAND)

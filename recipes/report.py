@@ -45,6 +45,7 @@ class ReportConfig:
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+COMMAND = Command(ReportConfig, "report")
 
 
 def main(cfg: DictConfig) -> None:
@@ -113,4 +114,4 @@ def folders_as_option(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = folders_as_option(sys.argv[1:])
-    run_recipe(main, Command(ReportConfig, "report"))
+    run_recipe(main, COMMAND)

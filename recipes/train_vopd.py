@@ -16,6 +16,8 @@ from nemo_vopd.config import Config
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.validation import from_hydra
 
+COMMAND = Command(Config, None)
+
 
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train."""
@@ -32,4 +34,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Command(Config, None))
+    run_recipe(main, COMMAND)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from nemo_vopd.command_line import Command, did_you_mean, help_text, options, read, taken_literally
+from nemo_vopd.command_line import CONF, Command, did_you_mean, help_text, options, read, taken_literally
 from nemo_vopd.config import Config
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
-from recipes.generate import GenerateConfig
+from nemo_vopd.tools.planning.assumptions import PlanConfig
+from nemo_vopd.validation import typed
+from recipes.generate import COMMAND as GENERATE
+from recipes.report import folders_as_option
 from tests.distributed import HANG, ROOT
 
 TRAIN = Command(Config, None)
-GENERATE = Command(GenerateConfig, "generate", texts=("prompt", "image"))
 TEXTS = [
     "What is, this?",
     "is it (red), or {blue}?",
@@ -47,8 +56,8 @@ def test_a_prompt_is_taken_as_it_is(text):
 
 
 def test_the_quotes_that_hydra_asks_for_are_taken_off():
-    for typed in ("'What is, this?'", '"What is, this?"'):
-        assert read([f"prompt={typed}"], GENERATE)[1] == {"prompt": "What is, this?"}
+    for quoted in ("'What is, this?'", '"What is, this?"'):
+        assert read([f"prompt={quoted}"], GENERATE)[1] == {"prompt": "What is, this?"}
     assert read([r"prompt='it\'s here'"], GENERATE)[1] == {"prompt": "it's here"}
 
 
@@ -194,3 +203,47 @@ def test_a_recipe_says_how_it_is_called():
             assert f"recipes/{file.name}" in done.stdout and "\nOptions (NAME=VALUE):\n" in done.stdout
             shown = "\nConfigurations (--config-name NAME, files in conf/):\n" in done.stdout
             assert shown == (file.stem in ("train_vopd", "plan")), file
+
+
+def documented():
+    """Every command line of a recipe in README, docs and docstrings: (recipe, arguments)."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    texts += [ast.get_docstring(ast.parse(file.read_text())) or "" for file in sorted((ROOT / "recipes").glob("*.py"))]
+    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+        if found := re.match(r"\s*(?:\w+=\S+ )*(?:python|torchrun|\S+/bin/python)\b.*?recipes/(\w+)\.py(.*)", line):
+            yield found[1], shlex.split(found[2], comments=True)
+
+
+def test_every_documented_command_has_options_that_exist():
+    store, seen = ConfigStore.instance(), Counter()
+    for recipe, arguments in documented():
+        seen[recipe] += 1
+        if "--help" in arguments:
+            continue
+        command = importlib.import_module(f"recipes.{recipe}").COMMAND
+        # plan.py gives training configurations its own options, in a process of its own
+        store.store(name="nemo_vopd", node=PlanConfig if recipe == "plan" else Config)
+        if recipe == "report":
+            arguments = folders_as_option(arguments)
+        parts = [(command, arguments)]
+        if "--" in arguments:
+            cut = arguments.index("--")
+            parts = [(command, arguments[:cut]), (TRAIN, arguments[cut + 1 :])]
+        for asked, words in parts:
+            words = [word for word in words if word not in ("--json", "--preview")]
+            try:
+                overrides, texts = read(words, asked)
+                named = [word.partition("=")[2] for word in overrides if word.startswith("--config-name=")]
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    config = compose((named or [asked.config_name])[0], [w for w in overrides if not w.startswith("-")])
+                for option, text in texts.items():
+                    config[option] = taken_literally(text)
+                if "engine=server" in words:  # the server has the model
+                    config.model.hf_path = "none"
+                typed(config, asked.schema)
+            except Exception as error:
+                raise AssertionError(f"{recipe}.py {shlex.join(words)}") from error
+    store.store(name="nemo_vopd", node=Config)
+    assert set(seen) >= {"train_vopd", "prepare_data", "plan", "generate", "evaluate", "report", "launch"}, seen
+    assert seen.total() > 40
