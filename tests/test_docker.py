@@ -353,6 +353,35 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("kind", ["of somebody else", "a link", "open to others", "one's own"])
+def test_a_cache_folder_is_private(kind, start, tmp_path):
+    """Compiled code is loaded from there, and anybody may make a folder of that name before."""
+    name = f"nemo_vopd-{os.geteuid()}"
+    place, other = tmp_path / name, tmp_path / "other"
+    other.mkdir()
+    if kind == "a link":
+        place.symlink_to(other)
+    else:
+        place.mkdir(mode=0o700)
+    if kind == "of somebody else":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(place, 12345, 12345)
+    if kind == "open to others":
+        place.chmod(0o777)
+    show = 'echo "$TRITON_CACHE_DIR"'
+    unset = ("env", "--unset=TRITON_CACHE_DIR", "--unset=XDG_CACHE_HOME")
+    entry = start("bash", "-c", show, prefix=unset, TMPDIR=str(tmp_path)).stdout.strip()
+    script = f". {ROOT}/slurm/environment.sh; {show}"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("TRITON_CACHE_DIR", None)
+    rank = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=HANG).stdout
+    for cache in (Path(entry), Path(rank.strip())):
+        assert cache.is_relative_to(tmp_path) and cache.is_relative_to(place) == (kind == "one's own"), cache
+        top = tmp_path / cache.relative_to(tmp_path).parts[0]
+        assert top.stat().st_uid == os.geteuid() and top.stat().st_mode & 0o777 == 0o700 and not top.is_symlink()
+
+
 def test_a_user_without_name_and_home_has_places_to_write(start):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o1777)

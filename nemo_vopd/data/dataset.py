@@ -20,8 +20,9 @@ from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 from nemo_vopd.batch import RecordKey
 from nemo_vopd.data.blend import is_blend, read_blend
-from nemo_vopd.errors import OptionError
+from nemo_vopd.errors import OptionError, printable
 
+_REMEDY = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
 _OPEN_SHARDS = 16
 """Tar files of one data set that a process keeps open."""
 
@@ -61,8 +62,12 @@ class Records:
 
 def _open(folder: Path) -> ShardInfosITarReader:
     path = EPath(folder.absolute())
-    # preparation makes one Energon split, named train, also of the records it keeps for validation
-    meta = WebdatasetMeta.from_config(path, split_part="train")
+    try:
+        # preparation makes one Energon split, named train, also of the records it keeps for validation
+        meta = WebdatasetMeta.from_config(path, split_part="train")
+    except Exception as error:  # Energon has an error of its own for each field
+        rule = f"is damaged (.nv-meta/split.yaml or .info.json: {printable(error)[:200]})"
+        raise OptionError("data.path", folder, rule, _REMEDY) from None
     if meta.sample_excludes:
         rule = f"leaves out single records ({min(meta.sample_excludes)}) in .nv-meta/split.yaml, which is not supported"
         raise OptionError("data.path", folder, rule, "prepare the data set again without these records")
@@ -93,23 +98,22 @@ def require_dataset(path: str | Path, option: str = "data.path") -> Path:
 
 
 def _require_folder(folder: Path, option: str) -> Path:
-    remedy = "make one with python recipes/prepare_data.py source=FILE.jsonl output=DIRECTORY"
     if not (folder / ".nv-meta" / "dataset.yaml").is_file() or not (folder / ".nv-meta" / ".info.json").is_file():
         rule, inside = "is not an Energon data set (no .nv-meta)", [folder / "blend.yaml", folder / "train"]
         for place in inside:
             if place.exists():  # what prepare_data.py makes of several sources, or with validation_fraction
                 raise OptionError(option, folder, rule, f"give {option}={place}")
-        raise OptionError(option, folder, rule, remedy)
+        raise OptionError(option, folder, rule, _REMEDY)
     try:
         counts = _shard_counts(folder)
         missing = [name for name in counts if not (folder / name).is_file()]
         empty = not sum(counts.values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise OptionError(option, folder, "is damaged (.nv-meta/.info.json)", remedy) from None
+        raise OptionError(option, folder, "is damaged (.nv-meta/.info.json)", _REMEDY) from None
     if missing:
         raise OptionError(option, folder, f"lacks {missing[0]} ({len(missing)} shards in all)", "copy it again in full")
     if empty:
-        raise OptionError(option, folder, "holds no records", remedy)
+        raise OptionError(option, folder, "holds no records", _REMEDY)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ from itertools import islice
 import psutil
 import pytest
 import torch
+import yaml
 
 from nemo_vopd.batch import PromptBatch
 from nemo_vopd.data.blend import write_blend
@@ -161,3 +163,29 @@ def test_wrong_options(data_config, processor, tmp_path):
         (tmp_path / "part" / ".nv-meta" / ".info.json").write_text(text)
         with pytest.raises(OptionError, match=words):
             next(iterate_samples(tmp_path / "part", data_config, "crop", processor))
+
+
+@pytest.mark.parametrize("name", ["dataset.yaml", "split.yaml", ".info.json", "blend.yaml"])
+def test_no_file_of_a_data_set_runs_code(name, data_config, processor, tmp_path):
+    """Energon's own loader calls what `__module__` and `__function__` name, at any depth."""
+    ran = tmp_path / "ran"
+    call = {"__module__": "os", "__function__": "mkdir", "path": str(ran)}
+    folder = tmp_path / "set"
+    for depth in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(data_config.path, folder)
+        file, path = folder / ".nv-meta" / name, folder
+        if name == "blend.yaml":
+            path = file = tmp_path / name
+            write_blend(file, [("set", 1.0)])
+        content = yaml.safe_load(file.read_text())
+        place = content
+        for _ in range(depth):
+            place = next((v for v in reversed(place.values()) if isinstance(v, dict)), place)
+        place.update(call)
+        file.write_text(json.dumps(content) if name.endswith("json") else yaml.safe_dump(content, sort_keys=False))
+        try:
+            batches(replace(data_config, path=str(path)), processor, 1)
+        except OptionError as error:
+            assert error.option == "data.path" and "is damaged" in str(error) or "is no blend" in str(error)
+        assert not ran.exists()
