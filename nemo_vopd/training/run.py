@@ -210,7 +210,7 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
     try:
         exp_manager(trainer, OmegaConf.create(options))  # type: ignore[arg-type]
         if with_mlflow and parallel.is_rank_zero():  # NeMo 3.0 gives its own logger the name twice
-            named = {"experiment_name": "nemo_vopd", "run_name": name["name"]}
+            named: dict[str, Any] = {"experiment_name": "nemo_vopd", "run_name": name["name"]}
             named |= {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), **mlflow}
             trainer.loggers = [*trainer.loggers, MLFlowLogger(**named)]
         for logger in trainer.loggers:
