@@ -214,7 +214,7 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
             named |= {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), **mlflow}
             trainer.loggers = [*trainer.loggers, MLFlowLogger(**named)]
         for logger in trainer.loggers:
-            _ = logger.experiment  # a missing key or server is told now, not after the model was read
+            _ = logger.experiment  # type: ignore[attr-defined]  # a missing key or server is told now, not after the model was read
     except Exception as error:  # each logger has errors of its own
         wanted = [key for key in ("create_wandb_logger", "create_mlflow_logger") if config.exp_manager.get(key)]
         if not wanted:
