@@ -28,8 +28,8 @@ _VISION_SIZES += ("temporal_patch_size", "out_hidden_size", "num_position_embedd
 _LARGEST = {"patch_size": 64, "spatial_merge_size": 8, "temporal_patch_size": 8, "window_size": 10_000}
 """Sizes that decide what an image takes in memory, far above those of any model; the files show the other sizes."""
 _LARGEST_SIZE = 10**9
-_LARGEST_NUMBER = 1e30
-"""Beyond it, and below its inverse, angles and norms leave float32."""
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-30, 1e30
+"""Beyond these, angles and norms leave float32."""
 _ROPE = {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved"}
 _CORRECT = "correct config.json, or copy the model again"
 _WITHOUT = "give a model without it"
@@ -131,7 +131,7 @@ def _check_rope(text: Any, path: str) -> None:
     if unknown := sorted(name for name, value in rope.items() if name not in _ROPE and value is not None):
         what = f"{place} has {unknown[0]}={rope[unknown[0]]}, which is not computed"
         raise refusal(path, what, _WITHOUT)
-    _check_number(rope["rope_theta"], "text_config.rope_parameters.rope_theta", 1 / _LARGEST_NUMBER, path)
+    _check_number(rope["rope_theta"], "text_config.rope_parameters.rope_theta", _SMALLEST_NUMBER, path)
     sections, half = rope.get("mrope_section"), head_dim(text) // 2
     numbers = sections if isinstance(sections, list | tuple) else []
     whole = all(type(number) is int and number >= 0 for number in numbers)
@@ -161,7 +161,7 @@ def _check_tower(vision: Any, hidden: int, path: str) -> None:
         raise refusal(path, what, _WITHOUT)
     if "rope_theta" in rope:
         name = "vision_config.rope_parameters.rope_theta"
-        _check_number(rope["rope_theta"], name, 1 / _LARGEST_NUMBER, path)
+        _check_number(rope["rope_theta"], name, _SMALLEST_NUMBER, path)
     window = getattr(vision, "window_size", None)
     if window is not None and window < vision.patch_size * vision.spatial_merge_size:
         what = f"config.json: vision_config.window_size={window} is less than one merged patch"
