@@ -6,10 +6,13 @@ not, and both views go through the same one.
 
 from __future__ import annotations
 
+import gc
 import math
+import os
+import reprlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +53,18 @@ def open_parts(hf_path: str | Path) -> Parts:
     if not any((path / name).is_file() for name in names):
         raise refusal(path, f"has no {' or '.join(names)}", _GIVE)
     tokenizer = _open_tokenizer(path)
-    highest = max(tokenizer.get_vocab().values())
+    vocabulary = tokenizer.get_vocab()
+    name = getattr(tokenizer, "image_token", None) or "<|image_pad|>"  # as transformers' processors have it
+    if vocabulary.get(name) is None:
+        raise refusal(path, f"holds a tokenizer without the image token {name}", _PUBLISHED)
+    if hf.image_token_id != vocabulary[name]:
+        what = f"config.json: image_token_id={reprlib.repr(hf.image_token_id)} is not the tokenizer's image token"
+        raise refusal(path, f"{what} {name}, which is {vocabulary[name]}", "correct it, or copy the model again")
+    highest = max(vocabulary.values())
     if highest >= hf.text_config.vocab_size:
         what = f"tokenizer.json has token id {highest}, and config.json has vocab_size={hf.text_config.vocab_size}"
         raise refusal(path, what, "give a model whose embedding was enlarged with its tokenizer")
-    image_processor = _open_image_processor(path, hf.vision_config)
+    image_processor = _open_image_processor(path, hf)
     return Parts(str(hf_path), tokenizer, image_processor, hf, _end_token_ids(path, tokenizer, highest))
 
 
@@ -77,11 +87,15 @@ def _open_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _open_image_processor(path: Path, vision: Any) -> Any:
-    """The image processor; its patches are those of the tower of the configuration `vision`."""
-    file, settings = _image_settings(path)
+def _open_image_processor(path: Path, hf: Any) -> Any:
+    """The image processor; its patches are those of the tower of the configuration `hf`."""
+    vision, (file, settings) = hf.vision_config, _image_settings(path)
     kind = settings.get("image_processor_type")
-    if kind is not None and kind not in _IMAGE_PROCESSORS:
+    if kind is None and (old := settings.get("feature_extractor_type")) is not None:
+        kind = str(old).replace("FeatureExtractor", "ImageProcessor")
+    if kind is None:
+        kind = getattr(hf, "image_processor_type", None)
+    if kind is not None and not (isinstance(kind, str) and kind in _IMAGE_PROCESSORS):
         raise refusal(
             path,
             f"{file} asks for the image processor {kind}",
@@ -97,9 +111,15 @@ def _open_image_processor(path: Path, vision: Any) -> Any:
         ("merge_size", vision.spatial_merge_size),
     ):
         value = getattr(processor, name)
-        if value != of_tower:
-            what = f"{file} has {name}={value}, and the vision tower of config.json {of_tower}"
+        if type(value) is not int or value != of_tower:
+            what = f"{file} has {name}={value!r}, and the vision tower of config.json {of_tower!r}"
             raise refusal(path, what, _PUBLISHED)
+    size: Any = processor.size
+    edges = [size.get(name) for name in ("shortest_edge", "longest_edge")]
+    if not all(type(edge) is int for edge in edges) or not 1 <= edges[0] <= edges[1]:
+        what = f"{file} has the size {dict(size)}"
+        rule = "shortest_edge and longest_edge (or min_pixels and max_pixels) must be numbers of pixels in this order"
+        raise refusal(path, f"{what}, and {rule}", _PUBLISHED)
     if not processor.do_resize:
         what = f"{file} has do_resize=false: images would not fit the tower's patches"
         raise refusal(path, what, "set it to true; data.full and data.crop_pixels set the sizes")
@@ -113,6 +133,8 @@ def _image_settings(path: Path) -> tuple[str, dict[str, Any]]:
         settings = read_json(path, combined).get("image_processor")
         if isinstance(settings, dict):
             return combined, settings
+        if settings is not None:
+            raise refusal(path, f"{combined} has an image_processor that is no JSON object", _PUBLISHED)
     if not (path / own).is_file():
         raise refusal(path, f"has no {own}, and no {combined} with an image processor", _GIVE)
     return own, read_json(path, own)
@@ -145,7 +167,7 @@ def refused_by_name(path: str, what: str, seconds: float) -> Iterator[None]:
     The limit holds in the main thread, which is where models are opened.
     """
     try:
-        with _time_limit(seconds):
+        with time_limit(seconds):
             yield
     except OptionError:
         raise
@@ -155,23 +177,44 @@ def refused_by_name(path: str, what: str, seconds: float) -> Iterator[None]:
         raise refusal(path, f"{what} ends in an error ({one_line(error)})", _PUBLISHED) from None
 
 
+def check_ends(path: str, what: str, act: Callable[[], Any], seconds: float) -> None:
+    """Raise OptionError, which says `what` was tried, unless `act` comes to an end or an error within `seconds`.
+
+    It runs in a process of its own, which the kernel ends: Python cannot interrupt one operation such as 9**9**9. No
+    other end of that process counts: whoever calls `act` next meets what was wrong.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            gc.disable()  # it would destroy objects whose threads, those of process groups, are not in this process
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            act()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        raise refusal(path, f"{what} does not end within {seconds:g} seconds", _PUBLISHED)
+
+
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds`, if this is the main thread and Python can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def expire(*_: object) -> None:
-        raise TimeoutError
+        raise TimeoutError(f"no end within {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def check_patches(path: str, values: Any, grid: list[int], hf: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from nemo_vopd.batch import View
 from nemo_vopd.config import PixelConfig
-from nemo_vopd.data.opening import Parts, check_patches, open_parts, refused_by_name
-from nemo_vopd.hf_directory import refusal
+from nemo_vopd.data.opening import Parts, check_ends, check_patches, open_parts, refused_by_name, time_limit
+from nemo_vopd.hf_directory import one_line, refusal
 from nemo_vopd.images import UnusableSample, check_sides
 
 _VISION_TOKEN = re.compile(r"<\|?.*(vision|image|video).*\|?>")
 _MAX_CACHED_TEMPLATES = 64  # each can be megabytes
 PROBE_SECONDS = 10.0
-"""Time limit for the first prompt and the first image; they take milliseconds."""
-_PROBE_QUESTION = "What is it?"
+"""Time limit for a prompt and for the first image; they take milliseconds."""
+_PROBE_QUESTION = " ".join(["What is it?"] * 100)  # long, for templates that cut or refuse long ones
+_MAX_PROBE_PROMPT = 100_000
 _OWN_TEMPLATE = "use the chat template of the model's publisher"
 
 
@@ -46,10 +48,20 @@ class Processor:
         """
         processor = cls(open_parts(hf_path))
         path = processor.path
+        for text in processor._special_texts:
+            if text in _PROBE_QUESTION:
+                what = f"tokenizer.json has the special token {text!r}, and questions may hold this text"
+                raise refusal(path, what, "take it out of the special tokens")
+        options = processor._template_options | {"tokenize": False}
+        render = partial(processor.tokenizer.apply_chat_template, _messages(_PROBE_QUESTION, 1), **options)
+        check_ends(path, "its chat template", render, PROBE_SECONDS)
         with refused_by_name(path, "its chat template", PROBE_SECONDS):
-            options = processor._template_options | {"tokenize": False}
-            if _PROBE_QUESTION not in processor.tokenizer.apply_chat_template(_messages(_PROBE_QUESTION, 1), **options):
+            prompt = render()
+            if _PROBE_QUESTION not in prompt:
                 raise refusal(path, "its chat template leaves the question out", _OWN_TEMPLATE)
+            if len(prompt) > _MAX_PROBE_PROMPT:
+                what = f"its chat template makes {len(prompt)} characters of {len(_PROBE_QUESTION)}"
+                raise refusal(path, what, _OWN_TEMPLATE)
             processor._template(_PROBE_QUESTION, 1)
         with refused_by_name(path, "its image processor", PROBE_SECONDS):
             side = 4 * processor.image_processor.patch_size * processor.image_processor.merge_size
@@ -80,13 +92,13 @@ class Processor:
         """Image, video and vision ids: a response that held one could not be scored (its image would be missing)."""
         named = {value for key, value in vars(self.hf).items() if _is_vision_id(key, value)}
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if _VISION_TOKEN.match(token.content)}
-        return sorted(i for i in (named | added) - set(self.end_token_ids) if i < self.vocab_size)
+        return sorted(i for i in (named | added) - set(self.end_token_ids) if 0 <= i < self.vocab_size)
 
     def view(self, images: list[Image.Image], question: str, pixels: list[PixelConfig]) -> View:
         """The prompt of `question` about RGB `images`; image i is resized into the range `pixels[i]`.
 
         Raises UnusableSample: empty_question, malformed_record (the question contains a special token, which would
-        be read as one), extreme_aspect.
+        be read as one, or the chat template makes no prompt of it), extreme_aspect.
         """
         if not question.strip():
             raise UnusableSample("empty_question")
@@ -130,7 +142,12 @@ class Processor:
                 if text in question:
                     raise UnusableSample("malformed_record", f"the question contains the special token {text}")
             messages = _messages(question, num_images)
-            ids = self.tokenizer.apply_chat_template(messages, **self._template_options)
+            try:
+                with time_limit(PROBE_SECONDS):
+                    ids = self.tokenizer.apply_chat_template(messages, **self._template_options)
+            except Exception as error:  # a template is a program, and may refuse a question that it alone knows of
+                what = f"the chat template ends in an error ({one_line(error)})"
+                raise UnusableSample("malformed_record", what) from None
             if (found := ids.count(self.image_token_id)) != num_images:
                 token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
                 what = f"its chat template writes {found} image tokens ({token}, config.json's image_token_id"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ Record = dict[str, Any]
 """One rollout in plain values: sample_id, data_set, record, occurrence, index, token_ids, log_probs."""
 
 _REMEDY = "give a file that rollout.dump_path wrote"
+_LEAST_LOG_PROB, _ROUND_OFF = -1e30, 1e-3
+"""Bounds of log-probs: what float32 holds, and a little above 0, where a probability of 1 may be rounded to."""
 
 
 def to_record(rollout: Rollout) -> Record:
@@ -50,13 +54,17 @@ class ReplayEngine(RolloutEngine):
         """
         self.path, self.n, self.vocab_size = path, n, vocab_size
         self._responses: dict[RecordKey | str, dict[int, tuple[str, Tensor, Tensor]]] = {}
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, this takes a name of any length
             raise OptionError("rollout.path", path, "is not a file", _REMEDY)
-        with Path(path).open() as file:
+        try:
+            file = Path(path).open("rb")
+        except OSError as error:
+            raise OptionError("rollout.path", path, f"cannot be read ({error.strerror})", _REMEDY) from None
+        with file:
             for number, line in enumerate(file, 1):
                 try:
                     self._add(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     why = f" ({error})" if isinstance(error, _Reason) else ""
                     raise OptionError("rollout.path", path, f"line {number} is not a rollout{why}", _REMEDY) from None
 
@@ -65,6 +73,11 @@ class ReplayEngine(RolloutEngine):
         key = RecordKey(*(line[name] for name in RecordKey._fields)) if "record" in line else sample_id
         if not all(type(number) is int for number in (index, *tokens)) or len(tokens) != len(log_probs):
             raise ValueError("a token id is no integer, or ids and log-probs differ in number")
+        if index < 0:
+            raise _Reason(f"index {index}, and the first response has index 0")
+        for number in log_probs:
+            if type(number) not in (int, float) or not _LEAST_LOG_PROB <= number <= _ROUND_OFF:
+                raise _Reason(f"log-prob {reprlib.repr(number)}, and the logarithm of a probability is 0 or less")
         if strangers := [number for number in tokens if not 0 <= number < self.vocab_size]:
             raise _Reason(f"token id {strangers[0]}, and the model has {self.vocab_size} tokens")
         responses = self._responses.setdefault(key, {})

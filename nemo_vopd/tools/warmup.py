@@ -26,7 +26,7 @@ from nemo_vopd.mcore.fp8 import token_multiple
 from nemo_vopd.mcore.optimizer import Optimizer, learning_rate, wrap_ddp
 from nemo_vopd.mcore.pipeline_passes import student_pass
 from nemo_vopd.mcore.stage import Stage
-from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.build import build_vlm, check_model
 
 
 def warm_up(
@@ -42,6 +42,7 @@ def warm_up(
 
     `full_fraction` of the prompts show the full image; `log_path` gets one JSON object a step.
     """
+    check_model(config)
     processor = Processor.from_pretrained(config.model.hf_path)
     model = build_vlm(config, groups)
     ddp = wrap_ddp(model.chunks, groups)

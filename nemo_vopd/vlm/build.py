@@ -17,7 +17,7 @@ from nemo_vopd.vlm import qwen2_5_vl, qwen3_vl
 from nemo_vopd.vlm.layout import ModelShape, check_layout
 from nemo_vopd.vlm.served import check_served
 from nemo_vopd.vlm.weights.names import is_frozen
-from nemo_vopd.vlm.weights.reading import load_hf
+from nemo_vopd.vlm.weights.reading import load_hf, open_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
@@ -98,8 +98,10 @@ def freeze(stage: Stage, options: FreezeConfig) -> None:
 def build_vlm(config: Config, groups: ProcessGroupCollection) -> Stage:
     """This rank's stage of the model in `config.model.hf_path`, with its weights, on this rank's device."""
     fp8.check_machine(config)
-    stage = build_stage(hf_config(config), config, groups)
-    load_hf(stage, config.model.hf_path, groups)
+    hf = hf_config(config)
+    weights = open_weights(config.model.hf_path, hf)  # before memory is allocated for the sizes in config.json
+    stage = build_stage(hf, config, groups)
+    load_hf(stage, weights, groups)
     return stage.to(cpu.device())
 
 

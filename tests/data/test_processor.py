@@ -126,6 +126,22 @@ def test_incomplete_directories_are_named(tmp_path, tiny_model):
     assert "not a vision-language model" in message()
 
 
+def test_a_template_that_fails_for_one_question_costs_that_question(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("nemo_vopd.data.processor.PROBE_SECONDS", 1.0)
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    question = "messages[0]['content'][1]['text']"
+    never = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"""<|image_pad|>{{{{ {question} }}}}
+        {{% if 'blue' in {question} %}}{{{{ raise_exception('no blue') }}}}{{% endif %}}
+        {{% if 'green' in {question} %}}{never}{{% endif %}}"""
+    (tmp_path / "copy" / "chat_template.jinja").write_text(template)
+    other = Processor.from_pretrained(tmp_path / "copy")
+    for word, reason in (("blue", "no blue"), ("green", "no end within 1 seconds")):
+        with pytest.raises(UnusableSample, match=f"malformed_record: the chat template ends in an error .{reason}"):
+            other.view([image(28, 28)], f"is it {word}?", [PixelConfig(784, 784)])
+    assert "red" in other.decode(other.view([image(28, 28)], "is it red?", [PixelConfig(784, 784)]).token_ids)
+
+
 def test_non_thinking_template_and_end_token_of_the_tokenizer(tmp_path, tiny_model):
     shutil.copytree(tiny_model, tmp_path / "copy")
     template = "{{ 'a' if enable_thinking is false else 'red' }}<|image_pad|>{{ messages[0]['content'][1]['text'] }}"

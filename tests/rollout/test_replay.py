@@ -85,13 +85,25 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path):
             {"token_ids": [1]},
             {"index": "1"},
             {"log_probs": None},
+            {"log_probs": [float("nan"), -1.0]},
+            {"log_probs": [float("-inf"), -1.0]},
+            {"log_probs": [-(10**400), -1.0]},
+            {"log_probs": [0.1, -1.0]},
+            {"log_probs": [False, -1.0]},
+            {"log_probs": [[-1.0], [-1.0]]},
+            {"index": -1},
         )
     ]
     for token in (128, 500, -1):  # an embedding has no row for it
         path.write_text(json.dumps({**good, "token_ids": [token], "log_probs": [0.0]}))
         with pytest.raises(OptionError, match=f"line 1 .*token id {token}, and the model has 128 tokens"):
             ReplayEngine(path, 1, 128)
-    for line in ("{", "3", '{"step": 0}', *map(json.dumps, wrong)):
-        path.write_text(json.dumps(good) + "\n" + line + "\n")
-        with pytest.raises(OptionError, match="line 2 is not a rollout"):
+    lines = ("{", "3", '{"step": 0}', "[" * 100_000, *map(json.dumps, wrong))
+    for line in (b"\xff", *map(str.encode, lines)):
+        path.write_bytes(json.dumps(good).encode() + b"\n" + line + b"\n")
+        with pytest.raises(OptionError, match="line 2 is not a rollout") as caught:
             ReplayEngine(path, 1, 128)
+        assert len(str(caught.value)) < 400
+    for name in (tmp_path, tmp_path / ("a" * 5000)):
+        with pytest.raises(OptionError, match="is not a file"):
+            ReplayEngine(name, 1, 128)

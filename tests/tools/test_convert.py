@@ -263,7 +263,7 @@ def damage(folder: Path, change) -> None:
         (lambda t, name: t.update(extra=t[name].clone()), "holds unknown extra; check that config.json"),
         (
             lambda t, name: t.update({name: t[name][:-2].clone()}),
-            r"up_proj.weight \(190, 64\) where config.json asks for \(384, 64\)",
+            r"up_proj.weight \(190, 64\) where config.json asks for \(192, 64\)",
         ),
         (lambda t, name: t.update({name: t[name][:, :-2].clone()}), r"up_proj.weight \(192, 62\) where config"),
     ],

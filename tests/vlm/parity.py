@@ -21,7 +21,7 @@ from nemo_vopd.vlm.build import _FAMILIES
 from nemo_vopd.vlm.weights import export
 from nemo_vopd.vlm.weights.export import iterate_hf, save_hf
 from nemo_vopd.vlm.weights.names import canonical
-from nemo_vopd.vlm.weights.reading import load_hf
+from nemo_vopd.vlm.weights.reading import load_hf, open_weights
 from tests.distributed import run_distributed
 
 IMAGE = 120
@@ -70,7 +70,7 @@ def ours(folder: Path, config, positions, tensor: int = 1, sequence: bool = Fals
     layout = ParallelConfig(tensor=tensor, sequence=sequence)
     groups = parallel.initialize(layout, seed=1)
     model = build(config, groups, layout)
-    load_hf(model, folder, groups)
+    load_hf(model, open_weights(folder, config), groups)
     token_ids, mask, grid_thw, pixel_values, weights = inputs(config)
     valid = mask.bool()  # ours are packed, with a sequence of padding to divide them under sequence parallelism
     packing = Packing.of([*mask.sum(dim=1).tolist(), 1])
@@ -118,7 +118,7 @@ def check_export(config, folder: Path, groups) -> None:
     """What is written after loading a random model is what was loaded, as transformers reads both."""
     reference(folder / "source", config)
     model = build(config, groups)
-    load_hf(model, folder / "source", groups)
+    load_hf(model, open_weights(folder / "source", config), groups)
     with mock.patch.object(export, "_FILE_BYTES", 2**18):
         save_hf(model, groups, folder / "source", folder / "export")
     assert len(list((folder / "export").glob("*.safetensors"))) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nemo_vopd.config import Config, ModelConfig, PixelConfig, PrecisionConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
-from nemo_vopd.vlm.build import build_vlm, weights_dtype
+from nemo_vopd.vlm.build import build_vlm, check_model, weights_dtype
 from tests.vlm.tiny_qwen3_vl import write_tiny_qwen3_vl
 
 
@@ -185,6 +186,15 @@ ACCEPTED = {
     "qwen3, another activation in the tower": ("qwen3", vision(hidden_act="silu")),
     "the tower returns tuples": ("qwen3", vision(return_dict=False)),
     "attention of the file's choosing": ("qwen3", config(attn_implementation="someone/kernel")),
+    # transformers would ask for the package, so it reads the directory without this field
+    "attention of another package": (
+        "qwen2_5",
+        both(rename_weights, config(_attn_implementation="flash_attention_2")),
+    ),
+    "the old name of the image processor": (
+        "qwen2_5",
+        pixels(image_processor_type=DROP, feature_extractor_type="Qwen2VLFeatureExtractor"),
+    ),
     "no number format in config.json": ("qwen2_5", config(dtype=DROP)),
     "fields of no meaning": ("qwen2_5", text(use_cache=False, initializer_range=9.0, sliding_window=4, colour="red")),
 }
@@ -227,12 +237,63 @@ def template(content):
     return write("chat_template.jinja", content)
 
 
+def joined(first, second, rows):
+    """`rows` rows of the tensor `second` are moved to the tensor `first`: each is wrong, and their sum is right."""
+
+    def change(tensors):
+        tensors[first] = torch.cat([tensors[first], tensors[second][:rows]])
+        tensors[second] = tensors[second][rows:].clone()
+
+    return weights(change)
+
+
+def put(name, make):
+    """The tensor `name` is what `make` gives for the one that is there, or for None."""
+    return weights(lambda tensors: tensors.update({name: make(tensors.get(name))}))
+
+
+def unreadable(name, make):
+    """A file `name` beside the weights a.safetensors, which `make` creates."""
+    return both(rename_weights, lambda folder: make(folder / name))
+
+
+def special(word):
+    """The tokenizer reads `word` as one special token."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        token = {"id": 60, "content": word, "single_word": False, "lstrip": False, "rstrip": False}
+        content["added_tokens"].append(token | {"normalized": False, "special": True})
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return apply
+
+
+def no_tokens(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"], content["added_tokens"] = {}, []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("extra_special_tokens", "unk_token", "eos_token", "pad_token"):
+        content.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+def text_rope(**changes):
+    return text(rope_parameters=ROPE | changes)
+
+
+def axial(theta):
+    return vision(rope_parameters={"rope_type": "axial", "rope_theta": theta})
+
+
 def named_templates(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "{{ messages }}"}]
     edit("tokenizer_config.json", chat_template=named)(folder)
 
 
+PROMPT = "<|image_pad|>{{ messages[0]['content'][1]['text'] }}"
 NO_USER = "{{ raise_exception('a system turn is needed') }}"
 ENDLESS = (
     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -295,7 +356,7 @@ REFUSED = {
     "no heads": ("qwen2_5", text(num_attention_heads=0), "num_attention_heads=0"),
     "groups that do not divide": ("qwen2_5", text(num_key_value_heads=3), "num_key_value_heads=3"),
     "a tower of another width": ("qwen2_5", vision(out_hidden_size=32), "out_hidden_size=32"),
-    "four channels": ("qwen2_5", vision(in_channels=4), "tower takes .128, 1568"),
+    "four channels": ("qwen2_5", vision(in_channels=4), "in_channels=4, and images have 3"),
     "windows smaller than a patch": ("qwen2_5", vision(window_size=14), "window_size=14"),
     "config.json empty": ("qwen2_5", write("config.json", ""), "config.json cannot be read as JSON"),
     "config.json cut": ("qwen2_5", cut("config.json"), "config.json cannot be read as JSON"),
@@ -349,7 +410,137 @@ REFUSED = {
     "a template that refuses": ("qwen2_5", template(NO_USER), "a system turn is needed"),
     "named templates without a default": ("qwen2_5", named_templates, "chat template"),
     "an endless template": ("qwen2_5", template(ENDLESS), "chat template does not end within"),
-    "another image token": ("qwen2_5", config(image_token_id=5), "chat template writes 0 image tokens"),
+    "another image token": ("qwen2_5", config(image_token_id=5), "image_token_id=5 .*<.image_pad.>, which is 6"),
+    "the image token of qwen3": ("qwen3", config(image_token_id=3), "image_token_id=3 is not the tokenizer's"),
+    "an image token below 0": ("qwen2_5", config(image_token_id=-1), "image_token_id=-1 is not the tokenizer's"),
+    "the tokenizer names another image token": (
+        "qwen2_5",
+        edit("tokenizer_config.json", extra_special_tokens={"image_token": "<|video_pad|>"}),
+        "image_token_id=6 .*<.video_pad.>",
+    ),
+    "a longer key and a shorter value": (
+        "qwen2_5",
+        joined("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight", 16),
+        "k_proj.weight .48, 64. where config.json asks for .32, 64",
+    ),
+    "a longer gate": (
+        "qwen2_5",
+        joined("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight", 8),
+        "gate_proj.weight .200, 64. where config.json asks for .192, 64",
+    ),
+    "tied, a longer head": (
+        "tied",
+        weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].repeat(2, 1)})),
+        "lm_head.weight .256, 64. where config.json asks for .128, 64",
+    ),
+    "a norm that is one number": ("qwen2_5", put("model.norm.weight", lambda _: torch.tensor(2.0)), "norm.weight .. "),
+    "a bias that is one number": (
+        "qwen2_5",
+        put("model.layers.0.self_attn.q_proj.bias", lambda _: torch.tensor(2.0)),
+        "q_proj.bias .. where",
+    ),
+    "a norm of the tower that is one number": (
+        "qwen2_5",
+        put("visual.merger.ln_q.weight", lambda _: torch.tensor(2.0)),
+        "visual.merger.ln_q.weight .. where",
+    ),
+    "a tensor without a name": ("qwen2_5", put("", lambda _: torch.ones(1)), "unknown a tensor without a name"),
+    "not a number in the head": (
+        "qwen2_5",
+        nan_in("lm_head.weight"),
+        "lm_head.weight, which is not finite.*; copy the model again",
+    ),
+    "a link that leads nowhere": (
+        "qwen2_5",
+        unreadable("b.safetensors", lambda file: file.symlink_to("nowhere")),
+        "b.safetensors, which is a folder or a link that leads nowhere",
+    ),
+    "a link to itself": (
+        "qwen2_5",
+        unreadable("model.safetensors", lambda file: file.symlink_to(file.name)),
+        "model.safetensors, which is a folder or a link",
+    ),
+    "a folder with the name of weights": ("qwen2_5", unreadable("b.safetensors", Path.mkdir), "b.safetensors, which"),
+    "a pipe with the name of weights": ("qwen2_5", unreadable("b.safetensors", os.mkfifo), "b.safetensors, which"),
+    "index names a file too long": ("qwen2_5", index_to("a" * 5000), "aaa ..., which is not there"),
+    "an activation that does not exist": ("qwen2_5", vision(hidden_act="nope"), "vision_config.hidden_act=nope"),
+    "qwen3, an activation that does not exist": ("qwen3", vision(hidden_act="nope"), "vision_config.hidden_act=nope"),
+    "theta of the tower as text": ("qwen2_5", axial("5"), "vision_config.rope_parameters.rope_theta='5'"),
+    "theta of the tower is null": ("qwen3", axial(None), "vision_config.rope_parameters.rope_theta=None"),
+    "theta of the tower is 0": ("qwen2_5", axial(0), "vision_config.rope_parameters.rope_theta=0"),
+    "theta of the tower is not a number": ("qwen2_5", axial(float("nan")), "vision_config.*rope_theta=nan"),
+    "theta beyond float32": ("qwen2_5", text_rope(rope_theta=10**39), "text_config.*rope_theta=1000.*000 must be"),
+    "theta beyond float64": ("qwen2_5", text_rope(rope_theta=10**400), "text_config.*rope_theta=1000.*000 must be"),
+    "theta below float32": ("qwen2_5", text_rope(rope_theta=1e-300), "text_config.*rope_theta=1e-300 must be"),
+    "epsilon is not a number": ("qwen2_5", text(rms_norm_eps=float("nan")), "text_config.rms_norm_eps=nan"),
+    "a negative epsilon": ("qwen3", text(rms_norm_eps=-1.0), "text_config.rms_norm_eps=-1.0"),
+    "a tower that looks back only": ("qwen2_5", vision(is_causal=True), "vision_config.is_causal=True"),
+    "qwen3, a tower that looks back only": ("qwen3", vision(is_causal=True), "vision_config.is_causal=True"),
+    "causal as text": ("qwen2_5", text(is_causal="false"), "text_config.is_causal=false"),
+    "the model returns tuples": ("qwen2_5", config(return_dict=False), "return_dict=False"),
+    "the language model returns tuples": ("qwen3", text(return_dict=False), "text_config.return_dict=False"),
+    "a layer with an epsilon of its own": (
+        "qwen2_5",
+        text(per_layer_config={"1": {"rms_norm_eps": 0.5}}),
+        "text_config.per_layer_config",
+    ),
+    "layers of null": ("qwen3", text(layer_types=None), "text_config.layer_types=None"),
+    "heads of no width": ("qwen3", text(head_dim=0), "text_config.head_dim=0 must be a whole number"),
+    "heads of an odd width": (
+        "qwen2_5",
+        both(text(hidden_size=60), vision(out_hidden_size=60), text_rope(mrope_section=[2, 2, 3])),
+        "15 wide, an odd number",
+    ),
+    "padding beyond the embedding": ("qwen2_5", text(pad_token_id=500), "config.json makes no model .*adding_idx"),
+    "a vocabulary beyond memory": ("qwen2_5", text(vocab_size=10**9), "embed_tokens.weight .128, 64. where"),
+    "a vocabulary beyond numbers": ("qwen2_5", text(vocab_size=10**30), "text_config.vocab_size=1000.*000 must be"),
+    "layers beyond memory": ("qwen2_5", text(intermediate_size=2**45), "text_config.intermediate_size=35184372088832"),
+    "a tower beyond memory": ("qwen2_5", vision(intermediate_size=10**9), "visual.blocks.0.mlp.gate_proj"),
+    "a wide tower beyond memory": ("qwen3", vision(hidden_size=10**8), "visual.patch_embed.proj.weight .32, 3"),
+    "layers beyond number": ("qwen2_5", text(num_hidden_layers=10**12), "num_hidden_layers=1000000000000 must be"),
+    "a tower of layers beyond number": ("qwen3", vision(depth=10**12), "depth=1000000000000 must be 1000 or less"),
+    "positions below 0": ("qwen3", vision(num_position_embeddings=-4), "num_position_embeddings=-4"),
+    "positions beyond numbers": ("qwen3", vision(num_position_embeddings=2**60), "num_position_embeddings=11529"),
+    "windows beyond images": ("qwen2_5", vision(window_size=10**9), "vision_config.window_size=1000000000"),
+    "patches beyond images": ("qwen3", vision(patch_size=2**31), "vision_config.patch_size=2147483648"),
+    "a tokenizer without tokens": ("qwen2_5", no_tokens, "tokenizer without the image token"),
+    "a word that is a special token": ("qwen2_5", special("is"), "special token 'is'"),
+    "a template that cuts": ("qwen2_5", template(PROMPT.replace("['text']", "['text'][:255]")), "leaves the question"),
+    "a template that takes short questions": (
+        "qwen2_5",
+        template("{% if messages[0]['content'][1]['text']|length > 15 %}{{ raise_exception('too long') }}{% endif %}"),
+        "chat template ends in an error .too long",
+    ),
+    "a template of one endless operation": (
+        "qwen2_5",
+        template("{{ (9**(9**9)) % 7 }}" + PROMPT),
+        "chat template does not end within 1 seconds",
+    ),
+    "a template that never stops talking": (
+        "qwen2_5",
+        template(PROMPT + "{{ ' red' * 100000 }}"),
+        "chat template makes .* characters",
+    ),
+    "patches as text": ("qwen2_5", pixels(patch_size="14"), "patch_size='14', and the vision tower of config.json 14"),
+    "the old name of another image processor": (
+        "qwen2_5",
+        pixels(image_processor_type=DROP, feature_extractor_type="CLIPFeatureExtractor"),
+        "CLIPImageProcessor",
+    ),
+    "config.json names another image processor": (
+        "qwen2_5",
+        both(pixels(image_processor_type=DROP), config(image_processor_type="CLIPImageProcessor")),
+        "CLIPImageProcessor",
+    ),
+    "a list of image processors": ("qwen2_5", pixels(image_processor_type=["Qwen2VLImageProcessor"]), "processor .'Qw"),
+    "an image processor that is a list": (
+        "qwen2_5",
+        write("processor_config.json", '{"image_processor": []}'),
+        "processor_config.json has an image_processor that is no JSON object",
+    ),
+    "one size for all images": ("qwen2_5", pixels(size={"height": 224, "width": 224}), "size .*224.* shortest_edge"),
+    "pixels as text": ("qwen2_5", pixels(size=DROP, min_pixels="3136"), "size .*'3136'.* shortest_edge"),
+    "sizes in no order": ("qwen2_5", pixels(min_pixels=9**6, max_pixels=9**5), "size .*531441.* in this order"),
     "other patches": ("qwen2_5", pixels(patch_size=16), "patch_size=16"),
     "merged otherwise": ("qwen2_5", pixels(merge_size=1), "merge_size=1"),
     "other frames": ("qwen2_5", pixels(temporal_patch_size=1), "temporal_patch_size=1"),
@@ -370,6 +561,7 @@ def copy(families, tmp_path, family, change) -> Path:
 def open_all(folder, groups):
     """Everything that a recipe reads of a directory."""
     config = Config(model=ModelConfig(hf_path=str(folder)), precision=PrecisionConfig(dtype="fp32"))
+    check_model(config)
     return Processor.from_pretrained(folder), build_vlm(config, groups).chunks[0]
 
 

@@ -7,7 +7,7 @@ from transformers import Qwen2_5_VLConfig
 from nemo_vopd.config import ParallelConfig
 from nemo_vopd.errors import OptionError
 from nemo_vopd.vlm.qwen2_5_vl import transformer_config
-from nemo_vopd.vlm.weights.reading import load_hf
+from nemo_vopd.vlm.weights.reading import open_weights
 from tests.vlm.parity import VISION_IDS, build, check, check_export, check_tensor_parallel, ours, reference
 
 CASES = {
@@ -81,7 +81,7 @@ def test_layouts_that_do_not_divide_are_refused():
         transformer_config(config, ParallelConfig(tensor=3), torch.float32)
 
 
-def test_a_missing_tensor_is_named(tmp_path, groups):
+def test_a_missing_tensor_is_named(tmp_path):
     from safetensors.torch import load_file, save_file
 
     config = make_config()
@@ -90,6 +90,5 @@ def test_a_missing_tensor_is_named(tmp_path, groups):
     key = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
     del tensors[key]
     save_file(tensors, tmp_path / "model.safetensors")
-    model = build(config, groups)
     with pytest.raises(OptionError, match="lacks layers.1.mlp.up_proj.weight"):
-        load_hf(model, tmp_path, groups)
+        open_weights(tmp_path, config)

@@ -10,7 +10,7 @@ from nemo_vopd.config import ParallelConfig, PixelConfig
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError
 from nemo_vopd.vlm.qwen3_vl import transformer_config
-from nemo_vopd.vlm.weights.reading import load_hf
+from nemo_vopd.vlm.weights.reading import load_hf, open_weights
 from tests.data.test_processor import image
 from tests.distributed import run_distributed
 from tests.helpers import made_up_rollouts, tiny_config, write_rollouts
@@ -51,7 +51,7 @@ def test_the_tower_in_bf16_is_the_hugging_face_one(tmp_path, groups):
     config = make_config()
     reference(tmp_path, config)
     model = build(config, groups, dtype=torch.bfloat16)
-    load_hf(model, tmp_path, groups)
+    load_hf(model, open_weights(tmp_path, config), groups)
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).model.visual
     _, _, grid_thw, pixel_values, _ = inputs(config)
     expected = theirs(pixel_values.bfloat16(), grid_thw)

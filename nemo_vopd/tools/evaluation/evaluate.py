@@ -32,7 +32,7 @@ from nemo_vopd.tools.evaluation.evaluate_options import EvaluateConfig
 from nemo_vopd.tools.evaluation.gap import answers, greedy
 from nemo_vopd.tools.evaluation.questions import Question, stored_questions
 from nemo_vopd.tools.evaluation.results import compare, grade_all, summarise, table
-from nemo_vopd.vlm.build import build_vlm
+from nemo_vopd.vlm.build import build_vlm, check_model
 
 GAP = Benchmark("gap", "Full and crop view", "", None, protocol=None)
 """The user's own Energon data set."""
@@ -174,6 +174,7 @@ def _setup(config: EvaluateConfig, benchmark: Benchmark, own: PixelConfig | None
 def _under_test(config: EvaluateConfig) -> UnderTest:
     if config.engine == "native":
         groups = parallel.initialize(config.parallel, seed=config.seed)
+        check_model(config)
         processor = Processor.from_pretrained(config.model.hf_path)
         decoder = Decoder(build_vlm(config, groups), groups, config.rollout.max_batch_tokens)
         return UnderTest(partial(_native_model, decoder, processor), groups.dp_cp, processor.pixel_limits)

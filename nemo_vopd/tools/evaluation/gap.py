@@ -100,7 +100,7 @@ def answers(decoder: Decoder, views: list[View], names: list[str], params: Sampl
     for name, (_, log_probs) in zip(names, first, strict=True):
         if not log_probs.isfinite().all():
             what = f"the model's probabilities for {name} are not finite: its weights overflow in this number format"
-            raise RunError(f"{what}; try precision=fp32, or export the model from an earlier checkpoint")
+            raise RunError(f"{what}; try precision.dtype=fp32, or export the model from an earlier checkpoint")
     return first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
 
 from nemo_vopd.alive import beat
 from nemo_vopd.errors import OptionError
-from nemo_vopd.hf_directory import DTYPES, weight_files
+from nemo_vopd.hf_directory import DTYPES, one_line, refusal, weight_files
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage, WeightRule
 from nemo_vopd.vlm.weights.names import canonical, interleave
@@ -30,14 +33,15 @@ class HFReader:
         """List the tensors of `path`; raises OptionError when there are none, or one is there twice."""
         self.path = Path(path)
         self.original_name: dict[str, str] = {}
+        self.has_spare_head = False  # a head is stored although config.json ties it to the embedding
         self._file: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}  # type: ignore[valid-type]
         for file in weight_files(path):
             try:
                 names = list(self._handle(file).keys())
-            except SafetensorError as error:
-                rule = f"holds {file.name}, which cannot be read ({error})"
-                raise OptionError("model.hf_path", path, rule, "copy the model again") from None
+            except (SafetensorError, OSError) as error:
+                what = f"holds {file.name}, which cannot be read ({one_line(error)})"
+                raise refusal(path, what, "copy the model again") from None
             for name in names:
                 self._add(name, file)
 
@@ -82,29 +86,59 @@ class HFReader:
         return lazy[start:stop] if dim == 0 else lazy[:, start:stop]
 
 
-@torch.no_grad()
-def load_hf(stage: Stage, path: str | Path, groups: ProcessGroupCollection) -> None:
-    """Fill this rank's shards of `stage` from the Hugging Face directory `path`, one parameter after the other.
+def open_weights(path: str | Path, hf: Any) -> HFReader:
+    """The weights of the directory `path`, which are those of transformers' model of its configuration `hf`.
 
-    Every rank of the model must call it. Raises OptionError that names missing, unexpected and misshaped tensors, those
-    that hold a number that is not finite, and a head that differs from the embedding although config.json ties them.
+    No weight is read, and no memory allocated. Raises OptionError that names missing, unexpected and misshaped tensors.
     """
-    reader = HFReader(path)
-    rules = {name: stage.weight_rule(name) for name, _ in stage.named_parameters()}
-    has_spare_head = _check_names(reader, rules, groups)
+    reader, shapes = HFReader(path), _shapes(path, hf)
+    names = reader.original_name
+    if "lm_head.weight" in names and "lm_head.weight" not in shapes:
+        reader.has_spare_head, shapes["lm_head.weight"] = True, shapes["embed_tokens.weight"]
+    missing = sorted(shapes.keys() - names.keys())
+    # older files hold rotary tables, which are computed
+    unknown = sorted(n or "a tensor without a name" for n in names.keys() - shapes.keys() if not n.endswith("inv_freq"))
+    for found, what in ((missing, "lacks"), (unknown, "holds unknown")):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise refusal(path, f"{what} {', '.join(found[:3])}{more}", _BELONG)
+    for name, shape in shapes.items():
+        if reader.shape(name) != shape:
+            raise refusal(path, f"holds {names[name]} {reader.shape(name)} where config.json asks for {shape}", _BELONG)
+    return reader
+
+
+def _shapes(path: str | Path, hf: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of transformers' model by canonical name, without a tied head."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForImageTextToText.from_config(hf, trust_remote_code=False)
+            model.tie_weights()
+    except Exception as error:  # a field that nobody thought of can end in almost anything
+        raise refusal(path, f"config.json makes no model in transformers ({one_line(error)})", "correct it") from None
+    return {canonical(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_hf(stage: Stage, reader: HFReader, groups: ProcessGroupCollection) -> None:
+    """Fill this rank's shards of `stage` from the weights that `open_weights` gave, one parameter after the other.
+
+    Every rank of the model must call it. Raises OptionError that names tensors with a number that is not finite, and a
+    head that differs from the embedding although config.json ties them.
+    """
     faults: list[str] = []
     size, num_groups = groups.tp.size(), stage.config.num_query_groups
     total = sum(p.numel() for p in stage.parameters())
     shown = total > _WORTH_A_PROGRESS_LINE and dist.get_rank() == 0
-    with tqdm(total=total, unit="", unit_scale=True, desc=f"reading {path}", disable=not shown, mininterval=1) as bar:
+    title = f"reading {reader.path}"
+    with tqdm(total=total, unit="", unit_scale=True, desc=title, disable=not shown, mininterval=1) as bar:
         for name, parameter in stage.named_parameters():
-            rule = rules[name]
-            _check_shapes(reader, rule, parameter, size)
+            rule = stage.weight_rule(name)
             parts = [_local_part(reader, n, parameter, rule, groups) for n in rule.names]
             for n, part in zip(rule.names, parts, strict=True):
                 if not part.isfinite().all():
                     faults.append(f"{reader.original_name[n]}, which is not finite (NaN or infinite)")
-                if has_spare_head and n == "embed_tokens.weight":
+                if reader.has_spare_head and n == "embed_tokens.weight":
                     head = _local_part(reader, "lm_head.weight", parameter, rule, groups)
                     if not torch.equal(head, part):
                         faults.append(f"{reader.original_name['lm_head.weight']}, which differs from the embedding")
@@ -124,7 +158,7 @@ def _raise_on_all(reader: HFReader, faults: list[str], groups: ProcessGroupColle
     if found:
         more = f", and {len(set(found)) - 1} more" if len(set(found)) > 1 else ""
         remedy = "copy the model again, or export it from an earlier checkpoint"
-        if "lm_head" in found[0]:
+        if found[0].endswith("the embedding"):
             remedy = "set tie_word_embeddings=false in config.json to use that head, or take it out of the file"
         raise OptionError("model.hf_path", reader.path, f"holds {found[0]}{more}", remedy)
 
@@ -138,36 +172,3 @@ def _local_part(reader: HFReader, name: str, parameter: Tensor, rule: WeightRule
     width = parameter.shape[dim] if rule.num_rows else shape[dim] // size
     end = min((rank + 1) * width, shape[dim])
     return reader.read(name, dim=dim, start=min(rank * width, end), stop=end)
-
-
-def _check_shapes(reader: HFReader, rule: WeightRule, parameter: Tensor, size: int) -> None:
-    """Raise OptionError unless the tensors of `rule` make up the whole of which `parameter` is one of `size` parts."""
-    shapes = [reader.shape(name) for name in rule.names]
-    whole = list(parameter.shape)
-    if rule.split == "columns":
-        whole[1] *= size
-    elif rule.split != "replicated":
-        whole[0] = rule.num_rows or whole[0] * size
-    if sum(shape[0] for shape in shapes) != whole[0] or any(list(shape[1:]) != whole[1:] for shape in shapes):
-        found = ", ".join(f"{reader.original_name[n]} {s}" for n, s in zip(rule.names, shapes, strict=True))
-        rule_text = f"holds {found} where config.json asks for {tuple(whole)} in all"
-        raise OptionError("model.hf_path", reader.path, rule_text, _BELONG)
-
-
-def _check_names(reader: HFReader, rules: dict[str, WeightRule], groups: ProcessGroupCollection) -> bool:
-    """Whether the files hold a head although the model's is its embedding.
-
-    Raises OptionError, on every rank, when the files lack a tensor of the model or hold one that it does not know.
-    """
-    gathered: list = [None] * groups.pp.size()
-    dist.all_gather_object(gathered, [name for rule in rules.values() for name in rule.names], group=groups.pp)
-    needed = {name for names in gathered for name in names}
-    present = set(reader.original_name)
-    missing = sorted(needed - present)
-    # a tied head is stored by some; older files hold rotary tables, which are computed
-    unknown = sorted(n for n in present - needed if n != "lm_head.weight" and not n.endswith("inv_freq"))
-    for names, what in ((missing, "lacks"), (unknown, "holds unknown")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise OptionError("model.hf_path", reader.path, f"{what} {', '.join(names[:3])}{more}", _BELONG)
-    return "lm_head.weight" in present - needed
