@@ -10,7 +10,7 @@ import networkx as nx
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_vopd"
 DOCUMENT = Path(__file__).with_suffix(".md")
-EVERYWHERE = {"batch", "cli", "config", "errors", "bounds", "validation", "images", "http", "hf_directory"}
+EVERYWHERE = {"batch", "cli", "config", "errors", "bounds", "validation", "images", "decoding", "http", "hf_directory"}
 """Single files at the bottom that nearly everything imports; they are named in the text instead of drawn."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}

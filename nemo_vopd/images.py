@@ -1,4 +1,4 @@
-"""Image geometry of the views: boxes, evidence-centred crops, decoding. Pure functions of their arguments.
+"""Image geometry of the views: boxes and evidence-centred crops. Pure functions of their arguments.
 
 Boxes are (x1, y1, x2, y2) in pixels, x to the right, y down, the far edge exclusive. Images are shown upright, as
 cameras mean them (EXIF); boxes in data sets refer to the stored pixels and are turned with their image.
@@ -6,15 +6,11 @@ cameras mean them (EXIF); boxes in data sets refer to the stored pixels and are 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import reprlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 DROP_REASONS = (
     "malformed_record",
@@ -35,28 +31,11 @@ DROP_REASONS = (
 )
 """Every word `UnusableSample.reason` and `DroppedSample.reason` can be."""
 
-MAX_IMAGE_PIXELS = 100_000_000
-"""Decoded images beyond this (300 MB as RGB) are dropped: one such file can kill a data worker."""
 MIN_IMAGE_SIDE = 4
 """Images and crops with a shorter side are dropped: enlarged to the model's patches they show one flat colour."""
 MAX_ASPECT = 200
 """More elongated images and crops are dropped: Qwen's image processor refuses them."""
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What `load_image` reads (AVIF: where Pillow has it). Pillow knows more, and hands EPS to Ghostscript to execute."""
-_LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
-"""Largest values of grey images with that many bits: cameras and scanners store 10 to 14 of them in 16."""
 _MAX_DETAIL = 300
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image of each EXIF orientation upright."""
 
 Box = tuple[float, float, float, float]
 
@@ -186,23 +165,8 @@ def check_sides(width: int, height: int) -> None:
         raise UnusableSample("extreme_aspect", f"{width}x{height}, longer side over shorter side above {MAX_ASPECT}")
 
 
-class ImageFacts(NamedTuple):
-    """What preparation asks of an image."""
-
-    size: tuple[int, int]
-    """Width and height as it is stored."""
-    orientation: int
-    """EXIF orientation, 1 to 8; 1 is upright."""
-    flat: bool
-    """Whether all pixels have one colour."""
-
-    @property
-    def upright_size(self) -> tuple[int, int]:
-        """Width and height as it is shown."""
-        return _upright(self.size, self.orientation)
-
-
-def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height that an image stored as `size` has when it is shown as its EXIF `orientation` says."""
     width, height = size
     return (height, width) if orientation >= 5 else (width, height)
 
@@ -228,91 +192,4 @@ def turn_box(bbox: object, orientation: int, size: tuple[int, int]) -> object:
 def turn_box_back(bbox: object, orientation: int, size: tuple[int, int]) -> object:
     """The inverse of `turn_box`: from the upright image to one stored as `size`."""
     back = {6: 8, 8: 6}.get(orientation, orientation)
-    return turn_box(bbox, back, _upright(size, orientation))
-
-
-def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode `data`, a file in one of IMAGE_FORMATS, to an upright RGB image; of an animation, its first frame.
-
-    The EXIF orientation is applied, transparent pixels are laid on white, and grey of more than 8 bits is scaled by
-    the bits in use. Raises UnusableSample: image_too_large (more than `max_pixels`) and image_too_small, known from
-    the header before anything is decoded, or unreadable_image.
-    """
-    return load_with_box(data, None, max_pixels)[0]
-
-
-def load_with_box(data: bytes, bbox: object, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[Image.Image, object]:
-    """The image of `load_image`, and `bbox`, which refers to the stored pixels, in its pixels."""
-
-    def load(image: Image.Image) -> tuple[Image.Image, object]:
-        shown, orientation = _as_rgb(image), _orientation(image)
-        turned = shown.transpose(_TURNS[orientation]) if orientation in _TURNS else shown
-        return turned, turn_box(bbox, orientation, shown.size) if bbox is not None else None
-
-    return _decode(data, max_pixels, load)
-
-
-def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageFacts:
-    """Facts about an image that `load_image` takes; it is decoded in full. Raises UnusableSample alike."""
-
-    def check(image: Image.Image) -> ImageFacts:
-        image.load()  # an RGB image as it is: the copy that a conversion makes would be thrown away
-        plain = image.mode == "RGB" and not image.has_transparency_data
-        shown = image if plain else _as_rgb(image)
-        extrema: Any = shown.getextrema()
-        return ImageFacts(shown.size, _orientation(image), all(low == high for low, high in extrema))
-
-    return _decode(data, max_pixels, check)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a decoded image; 1 where there is none, or none that can be read."""
-    with contextlib.suppress(Exception):  # what EXIF parts hold is not always EXIF
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return value if value in _TURNS else 1
-    return 1
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _as_grey(image).convert("RGB")
-    if image.has_transparency_data:
-        # what is transparent shows white paper, as in Qwen's own utilities: black text on nothing stays readable
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _as_grey(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floats in 8 bits; Pillow's own conversion makes everything above 255 white.
-
-    Black to white is 0 to the largest number of as many bits as are in use (0 to 1 where floats stay within); with
-    negative numbers, the least to the largest one. Raises UnusableSample (unreadable_image) for what is not finite.
-    """
-    values = np.asarray(image if image.mode == "F" else image.convert("I"), dtype=np.float32)
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UnusableSample("unreadable_image", f"pixels of mode {image.mode} are not finite")
-    if low >= 0:
-        ends = (1,) * (image.mode == "F") + _LARGEST_VALUES
-        low, high = 0, next((end for end in ends if high <= end), high)
-    return Image.fromarray(np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8))
-
-
-def _decode[ResultT](data: bytes, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
-    """What `use` makes of the opened image, which it decodes."""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UnusableSample("image_too_large", f"{width}x{height} has more than {max_pixels} pixels")
-            check_sides(width, height)
-            return use(image)
-    except UnusableSample:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UnusableSample("image_too_large", str(error)) from None
-    except (UnidentifiedImageError, KeyError):  # KeyError: none of the others, and this Pillow has no AVIF
-        raise UnusableSample("unreadable_image", f"no readable file of {', '.join(IMAGE_FORMATS)}") from None
-    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
-        raise UnusableSample("unreadable_image", f"{type(error).__name__}: {error}") from None
+    return turn_box(bbox, back, upright_size(size, orientation))

@@ -15,7 +15,8 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import RawRecord, iterate_records
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.data.record_fields import check_answers, check_id, check_question
-from nemo_vopd.images import UnusableSample, check_sides, crop_box, draw_box, load_image, load_with_box
+from nemo_vopd.decoding import load_image, load_with_box
+from nemo_vopd.images import UnusableSample, check_sides, crop_box, draw_box
 
 _MAX_CHARACTERS_PER_TOKEN = 32
 """No readable text has more on average; that of English is between four and five."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import reprlib
 from dataclasses import dataclass, field
 
@@ -20,23 +23,33 @@ def check_id(value: object) -> str:
     return _check_text("id", str(value), MAX_ID_CHARACTERS, "malformed_record")
 
 
+def is_blank(value: object) -> bool:
+    """Whether `value` says nothing: null, NaN, a text without visible characters, or a list of such values."""
+    if isinstance(value, str):
+        # half a surrogate pair is no blank either: it is refused where the text is checked
+        return not any((c.isprintable() and c != " ") or "\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, list):
+        return all(not isinstance(one, list) and is_blank(one) for one in value)  # JSON can nest very deep
+    return value is None or value != value  # noqa: PLR0124  NaN, an empty cell of a table
+
+
 def check_question(value: object) -> str:
     """The question. Raises UnusableSample: malformed_record (no text), overlong_prompt, empty_question."""
     if not isinstance(value, str):
         raise UnusableSample("malformed_record", "the question is not a text")
-    if not value.strip():
+    if is_blank(value):
         raise UnusableSample("empty_question")
     return _check_text("question", value, MAX_QUESTION_CHARACTERS, "overlong_prompt")
 
 
 def check_answers(value: object) -> list[str]:
-    """The reference answers as texts, any of which is right; none for null, NaN (an empty cell of a table) and [].
+    """The reference answers as texts, any of which is right, without those that are blank.
 
     Raises UnusableSample (malformed_record).
     """
     answers = []
     for one in value if isinstance(value, list) else [value]:
-        if one is None or one != one:  # noqa: PLR0124  NaN
+        if is_blank(one) and not isinstance(one, list):
             continue
         if not isinstance(one, str | int | float):
             raise UnusableSample("malformed_record", "answer must be a text, or a list of texts")
@@ -75,6 +88,8 @@ def box_in_pixels(bbox: object, box_format: str, image_size: tuple[int, int]) ->
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _IMAGE_MARKS = ("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
 
+_JSON_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""Beginning of a conversation that was turned into text."""
 _UNFILLED = ("<ref-object>", "<bbox>", "<video>", "<audio>")
 """Marks in conversations that ms-swift and LLaMA-Factory replace by what other columns hold."""
 
@@ -92,20 +107,28 @@ class Conversation:
 
 
 def read_conversation(value: object, column: str) -> Conversation:
-    """The question in `column`: a text, or turns (`role` and `content`, or `from` and `value` as in LLaVA).
+    """The question in `column`: a text, or turns (`role` and `content`, or `from` and `value`), also as JSON text.
 
     Of several questions the first is taken, which needs no earlier turn. Marks of the image's place are taken out, as
     the chat template decides it: at the ends of a `question`, which may ask about such a mark, else everywhere. Raises
-    UnusableSample (malformed_record) for marks of other things in a conversation.
+    UnusableSample (malformed_record) for marks of other things in a conversation, and one in text that is no JSON.
     """
+    if isinstance(value, str) and _JSON_TURNS.match(value):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+        if isinstance(value, str):
+            raise UnusableSample("malformed_record", f"the conversation is a text that is no JSON: {value}")
     everywhere = column.rsplit(".", 1)[-1] != "question"
     if not isinstance(value, list):
         return Conversation(_without_marks(value, everywhere))
     told: dict[str, list] = {"user": [], "assistant": []}
     for turn in value:
-        role = _ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
+        if not isinstance(turn, dict):
+            continue
+        # tables can hold all four, with null in those that are not used
+        role = _ROLES.get(str(turn.get("role") or turn.get("from")))
         if role == "user" or (role and len(told["user"]) == 1):
-            told[role].append(turn.get("content", turn.get("value")))
+            told[role].append(turn.get("value") if turn.get("content") is None else turn["content"])
     if not told["user"]:
         return Conversation(None)
     question, images = _parts(told["user"][0])
@@ -127,14 +150,16 @@ def _parts(content: object) -> tuple[object, list]:
 
 
 def _without_marks(text: object, everywhere: bool) -> object:
-    if isinstance(text, str):
+    if not isinstance(text, str):
+        return text
+    if everywhere:
         for mark in _IMAGE_MARKS:
-            if everywhere:
-                text = text.replace(f"{mark}\n", "").replace(f"\n{mark}", "").replace(mark, "")
-            elif text.strip().startswith(mark):
-                text = text.strip().removeprefix(mark).lstrip()
-            elif text.strip().endswith(mark):
-                text = text.strip().removesuffix(mark).rstrip()
+            text = text.replace(f"{mark}\n", "").replace(f"\n{mark}", "").replace(mark, "")
+        return text
+    while (bare := text.strip()).startswith(_IMAGE_MARKS) or bare.endswith(_IMAGE_MARKS):
+        for mark in _IMAGE_MARKS:
+            bare = bare.removeprefix(mark).removesuffix(mark)
+        text = bare.strip()
     return text
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from nemo_vopd.config import Config
 from nemo_vopd.data.processor import Processor
+from nemo_vopd.decoding import load_image
 from nemo_vopd.errors import OptionError
-from nemo_vopd.images import UnusableSample, load_image
+from nemo_vopd.images import UnusableSample
 from nemo_vopd.mcore import parallel
 from nemo_vopd.rollout.engine import SamplingParams
 from nemo_vopd.rollout.native.engine import Decoder

@@ -15,7 +15,8 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import cut_crop, parse_meta
 from nemo_vopd.data.record_fields import check_answers, check_id, check_question
-from nemo_vopd.images import UnusableSample, check_box, load_image, load_with_box
+from nemo_vopd.decoding import load_image, load_with_box
+from nemo_vopd.images import UnusableSample, check_box
 from nemo_vopd.tools.evaluation.chosen_option import extract_option
 from nemo_vopd.tools.evaluation.extraction import extract_yes_no, final_answer, same_text
 

@@ -13,20 +13,12 @@ from nemo_vopd.data.record_fields import (
     check_answers,
     check_question,
     evidence_box,
+    is_blank,
     read_conversation,
     without_hint,
 )
-from nemo_vopd.images import (
-    MAX_ASPECT,
-    MAX_IMAGE_PIXELS,
-    ImageFacts,
-    UnusableSample,
-    check_box,
-    check_image,
-    crop_box,
-    turn_box,
-    turn_box_back,
-)
+from nemo_vopd.decoding import MAX_IMAGE_PIXELS, ImageFacts, check_image
+from nemo_vopd.images import MAX_ASPECT, UnusableSample, check_box, crop_box, turn_box, turn_box_back
 from nemo_vopd.tools.prepare.options import LISTS, PrepareOptions
 from nemo_vopd.tools.prepare.rows import Row, Source, record_id
 
@@ -37,12 +29,14 @@ TRAITS = (
     "hint",  # the question carries the hint
     "rotated",  # the image is turned or mirrored by EXIF
     "flat",  # the image has one colour
+    "dark",  # the image is nearly black
     "several_questions",  # the conversation asks more than once
     "several_boxes",
     "leaving",  # the box reaches beyond the image
-    "fraction",  # no coordinate is above 1
-    "large",  # a box in an image with a side above 1500 pixels
+    "fraction",  # no number of a box is above 1, and it is not given in fractions
+    "large",  # a box given in pixels of an image with a side above 1500 pixels
     "large_thousandths",  # ... of which no coordinate is above 1000
+    "large_percent",  # ... of which no coordinate is above 100
     "upscaled",  # the crop is enlarged more than twice
     "extreme_crop",  # the crop is too elongated for an image processor
 )
@@ -96,7 +90,7 @@ def read_record(
     sample_id = record_id(row, source, columns)
     answers = check_answers(columns.find("answer", values)[1]) or check_answers(asked.answer)
     image_column, value = columns.find("image", values)
-    if not image_column and asked.images:
+    if is_blank(value) and asked.images:
         image_column, value = "images", asked.images
     if value is None and image_column not in LISTS:
         raise UnusableSample("missing_image", "no image is named")
@@ -104,6 +98,9 @@ def read_record(
     crop_column, value = columns.find("crop_image", values)
     crop = None if value is None else _image(value, crop_column, source, "missing_crop")
     (box_column, given), num_boxes = columns.find("bbox", values), 0
+    # ms-swift's records say themselves that their boxes are fractions
+    is_unit = box_column == "objects.bbox" and values["objects"].get("bbox_type") == "norm1"
+    box_format = "xyxy_unit" if is_unit else options.bbox_format
     if given is None and crop is None:
         raise UnusableSample("missing_crop", "neither bbox nor crop image")
     # decoded in full: a truncated file is found now, not in the middle of a run
@@ -111,9 +108,7 @@ def read_record(
     size = facts.upright_size if options.bbox_frame == "upright" else facts.size
     bbox = shown = None
     if given is not None:
-        # ms-swift's records say themselves that their boxes are fractions
-        is_unit = box_column == "objects.bbox" and values["objects"].get("bbox_type") == "norm1"
-        bbox, num_boxes = evidence_box(given, "xyxy_unit" if is_unit else options.bbox_format, size)
+        bbox, num_boxes = evidence_box(given, box_format, size)
         shown = bbox if options.bbox_frame == "upright" else turn_box(bbox, facts.orientation, facts.size)
         bbox = turn_box_back(shown, facts.orientation, facts.size)
     crop_size = None if crop is None else check_image(crop, options.max_image_pixels).size
@@ -123,11 +118,12 @@ def read_record(
         "hint": hinted,
         "rotated": facts.orientation != 1,
         "flat": facts.flat,
+        "dark": facts.dark,
         "several_questions": asked.num_questions > 1,
         "several_boxes": num_boxes > 1,
     }
     if bbox is not None:
-        traits |= _of_box(given, bbox, facts.size)
+        traits |= _of_box(given, box_format, bbox, facts.size)
     if crop_policy is not None and (crop_size is not None or shown is not None):
         traits |= _of_crop(shown, facts.upright_size, crop_size, crop_policy)
     has_id = bool(columns.find("id", values)[0])
@@ -146,17 +142,19 @@ def _conversation(values: dict, options: PrepareOptions) -> Conversation:
     return asked
 
 
-def _of_box(given: object, bbox: object, size: tuple[int, int]) -> dict[str, bool]:
-    """The traits of a box: as it is `given`, and in pixels of the stored image of `size`."""
+def _of_box(given: object, box_format: str, bbox: object, size: tuple[int, int]) -> dict[str, bool]:
+    """The traits of a box: as it is `given` in `box_format`, and in pixels of the stored image of `size`."""
     (x1, y1, x2, y2), (width, height) = bbox, size  # type: ignore[misc]
-    largest = max(max(one) if isinstance(one, list | tuple) else one for one in given)  # type: ignore[attr-defined]
-    large = max(size) > _LARGE
+    boxes: Any = given
+    largest = [max(box) for box in (boxes if isinstance(boxes[0], list | tuple) else [boxes])]
+    large = max(size) > _LARGE and box_format in ("xyxy", "xywh")
     return {
         "box": True,
         "leaving": x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1,  # a pixel is rounding
-        "fraction": largest <= 1,
+        "fraction": box_format != "xyxy_unit" and min(largest) <= 1,
         "large": large,
-        "large_thousandths": large and largest <= 1000,
+        "large_thousandths": large and max(largest) <= 1000,
+        "large_percent": large and max(largest) <= 100,
     }
 
 
@@ -182,8 +180,8 @@ def side(key: bytes, validation_fraction: float) -> str:
 
 def _image(value: object, column: str, source: Source, missing: str) -> bytes:
     """The bytes of an image: given by path, by {"path": ...}, in tables also by {"bytes": ...} or as themselves."""
-    listed = column in LISTS or (source.tabular and isinstance(value, list))
-    if listed:
+    listed = column in LISTS or isinstance(value, list)
+    if listed and not _holds_bytes(value):
         if not isinstance(value, list):
             raise UnusableSample("malformed_record", "images must be a list")
         if len(value) != 1:
@@ -192,14 +190,22 @@ def _image(value: object, column: str, source: Source, missing: str) -> bytes:
     if listed or source.tabular:
         if isinstance(value, dict):
             content = value.get("bytes")
-            value = content if isinstance(content, bytes) else value.get("path", value.get("image", value.get("url")))
+            given = isinstance(content, bytes) or _holds_bytes(content)
+            value = content if given else value.get("path", value.get("image", value.get("url")))
         if value is None:
             raise UnusableSample(missing, "an image without a path")
+    if _holds_bytes(value):
+        value = bytes(value)  # type: ignore[arg-type]
     if isinstance(value, bytes):
         if len(value) > MAX_IMAGE_BYTES:
             raise UnusableSample("image_too_large", f"{len(value)} bytes, more than {MAX_IMAGE_BYTES}")
         return value
     return _read_file(source.root, value, missing)
+
+
+def _holds_bytes(value: object) -> bool:
+    """Whether `value` is the bytes of a file as a list of numbers, as tables of uint8 give them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, int) and 0 <= one < 256 for one in value)
 
 
 def _read_file(root: Path, name: object, missing: str) -> bytes:

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from nemo_vopd.bounds import bounded, check_bounds
-from nemo_vopd.data.record_fields import BOX_FORMATS
+from nemo_vopd.data.record_fields import BOX_FORMATS, is_blank
+from nemo_vopd.decoding import MAX_IMAGE_PIXELS
 from nemo_vopd.errors import OptionError
-from nemo_vopd.images import MAX_IMAGE_PIXELS
 
 LISTS = ("images", "teacher_images", "bbox_images")
 """Columns that hold a list of one image."""
@@ -28,7 +28,7 @@ HINT = "Only focus on the objects inside the red bounding box in the image to an
 
 @dataclass
 class Columns:
-    """Name of the column of each field; null takes the first that is there of the known ones.
+    """Name of the column of each field; null takes the first of the known ones that holds something.
 
     `a.b` is field b of the struct (JSON object) in column a.
     """
@@ -41,7 +41,8 @@ class Columns:
     id: str | None = None
 
     def find(self, field: str, row: dict) -> tuple[str, object]:
-        """(column, value) of `field` in `row`; ("", None) when there is no such column."""
+        """(column, value) of `field` in `row`: the first that is not blank, else the first; ("", None) for none."""
+        first: tuple[str, object] = ("", None)
         names = self._names(field)
         if field == "question" and self.question is None and "images" in row:
             # Vision-OPD-6K's layout, whose question is `problem`
@@ -53,8 +54,10 @@ class Columns:
                     break
                 place = place[part]
             else:
-                return name, place
-        return "", None
+                if not is_blank(place):
+                    return name, place
+                first = first if first[0] else (name, place)
+        return first
 
     def given(self) -> dict[str, str]:
         """Field -> name, of those that the user names."""

@@ -34,6 +34,7 @@ DROPPED = "dropped.jsonl"
 _ENOUGH = 20
 _ODD = {
     "flat": "images have one colour: --preview shows some records",
+    "dark": "images are nearly black, as when 12 bits are stored in 16: look at --preview, and store them in 8 bits",
     "several_questions": "conversations ask more than once: the first question is taken, and its answer",
     "several_boxes": "records have several boxes: the evidence is the smallest box around all of them",
     "upscaled": "crops are enlarged more than twice: (data.)crop.max_upscale=2 widens them, here and in training",
@@ -247,11 +248,17 @@ def _advice(whole: Statistics, options: PrepareOptions) -> Iterator[str]:
             f"{outside} of {boxes + outside - having['leaving']} boxes reach beyond their image or have no area: "
             f"they are read as bbox_format={options.bbox_format}; look at --preview, and else set {others}"
         )
-    if options.bbox_format != "xyxy_unit" and 2 * having["fraction"] > boxes:
-        yield f"{having['fraction']} of {boxes} boxes have no number above 1: for fractions set bbox_format=xyxy_unit"
-    large, small = having["large"], having["large_thousandths"]
-    if options.bbox_format in ("xyxy", "xywh") and large >= _ENOUGH and small >= 0.95 * large:
-        yield (
-            f"{small} of {large} boxes in images with a side above 1500 pixels have no number above 1000: for "
-            "thousandths set bbox_format=xyxy_1000"
-        )
+    if fractions := having["fraction"]:
+        mend = "for fractions set bbox_format=xyxy_unit"
+        if 2 * fractions <= boxes:
+            mend = "where those are fractions, write all boxes in one form"
+        yield f"{fractions} of {boxes} boxes have no number above 1: {mend}"
+    for trait, limit, mend in (
+        ("large_percent", 100, "for percent divide them by 100 and set bbox_format=xyxy_unit"),
+        ("large_thousandths", 1000, "for thousandths set bbox_format=xyxy_1000"),
+    ):
+        small, large = having[trait], having["large"]
+        if large >= _ENOUGH and small >= 0.95 * large:
+            what = "boxes in images with a side above 1500 pixels have no number above"
+            yield f"{small} of {large} {what} {limit}: {mend}"
+            break

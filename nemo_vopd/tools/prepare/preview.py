@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nemo_vopd.decoding import load_image, load_with_box
 from nemo_vopd.errors import OptionError
-from nemo_vopd.images import UnusableSample, check_box, check_sides, crop_box, load_image, load_with_box
+from nemo_vopd.images import UnusableSample, check_box, check_sides, crop_box
 from nemo_vopd.tools.prepare.intake import Prepared, read_record
 from nemo_vopd.tools.prepare.options import PrepareOptions
 from nemo_vopd.tools.prepare.rows import Chunk, Source, plan_chunks

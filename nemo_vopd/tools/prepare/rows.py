@@ -32,8 +32,8 @@ _MAX_COLUMNS = 1000
 _PARQUET_BATCH = 8
 """Number of rows decoded together: with images of megabytes in them, a batch must stay small."""
 _READ_BYTES = 1 << 20
-_BETWEEN = re.compile(r"[\ufeff\[, \t\r\n]*")
-"""What stands before and between the records of a list."""
+_BEGINNING, _BETWEEN = re.compile(r"\ufeff?\s*\[\s*"), re.compile(r"[, \t\r\n]*")
+"""What stands before the first record of a list, and between the others."""
 
 
 class Row(NamedTuple):
@@ -135,15 +135,22 @@ def _json_lines(path: Path, offset: int, number: int) -> Iterator[Row]:
             while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
                 piece = file.readline(MAX_LINE_BYTES + 1)
                 offset += len(piece)
-            if line.strip() or len(line) > MAX_LINE_BYTES:
+            if line.removeprefix(codecs.BOM_UTF8).strip() or len(line) > MAX_LINE_BYTES:
                 yield Row(start, number, _parse(line))
             number += 1
 
 
 def _holds_list(path: Path) -> bool:
-    """Whether a JSON file is one list of records, as LLaVA and LLaMA-Factory write it, and not a record a line."""
+    """Whether a JSON file is one list of records, as LLaVA and LLaMA-Factory write it, and not a record a line.
+
+    Raises OptionError for a file in UTF-16 or UTF-32.
+    """
     with open(path, "rb") as file:
-        return re.match(rb"\s*\[\s*\{", file.read(_READ_BYTES).removeprefix(codecs.BOM_UTF8)) is not None
+        beginning = file.read(_READ_BYTES)
+    # in UTF-8, JSON begins with neither the marks of the others nor a character and a zero
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or re.match(rb"\0*[\[{]\0|\0+[\[{]", beginning):
+        raise OptionError("source", path, "is UTF-16 or UTF-32", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    return re.match(rb"\s*\[\s*\{", beginning.removeprefix(codecs.BOM_UTF8)) is not None
 
 
 def _json_list(path: Path, offset: int, number: int) -> Iterator[Row]:
@@ -154,10 +161,16 @@ def _json_list(path: Path, offset: int, number: int) -> Iterator[Row]:
         file.seek(offset)
         decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         while True:
-            start = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+            found = (_BETWEEN if offset else _BEGINNING).match(text, place)
+            start = found.end() if found else place
             offset += len(text[place:start].encode("utf-8", "surrogateescape"))
             place, reason = start, "the list does not end"
             if text.startswith("]", place):
+                while rest := text[place + 1 :] or decode(file.read(_READ_BYTES)):
+                    if rest.strip():
+                        rule = f"goes on after the end of its list (record {number}, byte {offset + 1})"
+                        raise OptionError("source", path, rule, "write one list, or one record a line")
+                    text = ""
                 return
             try:
                 record, end = scan(text, place)

@@ -16,7 +16,7 @@ from nemo_vopd.tools.prepare.rows import Source
 _FORMS = (
     "a JSONL file, a JSON list, a folder with train.jsonl, parquet files, or a folder that datasets' save_to_disk wrote"
 )
-_PART_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+$")
+_PART_OF_SPLIT = re.compile(r"(.+)-(\d+)-of-(\d+)$")
 _SPLIT = re.compile(r"(train|test|validation|val|dev|eval)(?:[-_].*)?$")
 _ARCHIVE = re.compile(r"(.+(?:\.tar(?:\.(gz|bz2|xz|zst))?|\.(tgz|zip))).*$")
 """Name of an archive, and of the pieces that it was cut into (`.part-aa`, `aa`)."""
@@ -72,7 +72,9 @@ def _open_folder(path: Path, split: str | None, image_root: Path | None) -> Sour
         layout = "Vision-OPD-6K" if (root / "teacher_images").is_dir() else "JSONL"
         return Source(path, lines, root, lines[0].stem, layout, tabular=False)
     if tables := sorted(path.rglob("*.parquet")):
-        return Source(path, _of_split(tables, split, path), root, path.name, "parquet folder", tabular=True)
+        tables = _of_split(tables, split, path)
+        _check_parts(tables)
+        return Source(path, tables, root, path.name, "parquet folder", tabular=True)
     names = ", ".join(line.name for line in sorted(path.glob("*.jsonl"))) or "no *.jsonl or *.parquet"
     raise OptionError("source", path, f"is a folder with {names}", f"give {_FORMS}")
 
@@ -109,6 +111,23 @@ def _split_of(table: Path, path: Path) -> str:
         if match := _PART_OF_SPLIT.match(name) or _SPLIT.match(name):
             return match.group(1)
     return ""
+
+
+def _check_parts(tables: Sequence[Path]) -> None:
+    """Raise OptionError where names such as train-00000-of-00004.parquet tell of parts that are not there."""
+    there: dict[tuple[Path, str, str], set[str]] = {}
+    for table in tables:
+        if match := _PART_OF_SPLIT.match(table.stem):
+            name, part, count = match.groups()
+            there.setdefault((table.parent, name, count), set()).add(part)
+    for (folder, name, count), parts in there.items():
+        numbers, width = {int(part) for part in parts}, len(next(iter(parts)))
+        first = int(int(count) in numbers)  # some programs count from 1
+        missing = [number for number in range(first, first + int(count)) if number not in numbers]
+        if missing:
+            named = ", ".join(f"{name}-{number:0{width}d}-of-{count}.parquet" for number in missing[:3])
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise OptionError("source", folder, f"lacks {named}{more}", "download or copy the missing files")
 
 
 def _saved_files(folder: Path) -> list[Path]:

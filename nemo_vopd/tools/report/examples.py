@@ -14,7 +14,7 @@ from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import iterate_records
 from nemo_vopd.data.encoder import SampleEncoder, cut_crop, parse_meta
 from nemo_vopd.data.processor import Processor
-from nemo_vopd.images import load_image, load_with_box
+from nemo_vopd.decoding import load_image, load_with_box
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.model import VisionOPDModel

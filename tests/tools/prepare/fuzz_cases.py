@@ -194,14 +194,16 @@ class Fuzz:
         missing = """images/fifo.png images/to-fifo images/folder.png images . images/dangling images/loop ~/x.png
             file:///etc/passwd images/good.png/x C:\\x.png""".split()
         odd = ["\0", "images/a\0.png", "x" * 300, "x/" * 5000, "\x1b[31m.png", "\ud800.png", "images/\udcff.png", " "]
-        wrong = ["", 5, True, ["images/good.png"], {"path": "images/good.png"}, 1e400]
+        wrong = ["", 5, True, [{"url": 5}], {"path": "images/good.png"}, 1e400]
         cases = [record(id="inner link", image="images/in")]
         for field, reason in (("image", "missing_image"), ("crop_image", "missing_crop")):
             cases += many("path_outside_folder", field, [*leading_out, str(outside / "secret.png")])
             cases += many(reason, field, missing + odd) + many("malformed_record", field, wrong)
         listed = [[{"path": "images/out"}], [{"image": "/dev/zero"}], ["../outside/secret.png"]]
         cases += many("path_outside_folder", "images", listed, problem="q")
-        return cases + many("missing_image", "images", [["images/fifo.png"], [{}], [None], []], problem="q")
+        cases += many("missing_image", "images", [["images/fifo.png"], [{}]], problem="q")
+        cases += many("missing_image", "images", [[None], []], image=None, problem="q")
+        return cases + [record(id=f"beside {empty}", images=empty) for empty in ([None], [], None)]
 
     def boxes(self):
         inf, nan, big = float("inf"), float("nan"), 10**300
@@ -220,14 +222,15 @@ class Fuzz:
     def texts(self):
         half, layout = "\ud800", {"images": ["images/good.png"], "problem": "<image>\n"}
         cases = many("empty_question", "question", ["", " ", "\n\t\r ", "\u3000\u2003\x1f", "<image>", " <image>\n"])
+        cases += many("empty_question", "question", ["\0", "\uffff\U0010ffff", "\ufeff\u200b"])
         cases += [record("empty_question", **layout), record("malformed_record", answer="x" * 1_000_001)]
         cases += many("malformed_record", "question", [half, "what \udfff?", half * 9])
         cases += many("malformed_record", "answer", [half]) + many("malformed_record", "id", [half, "x" * 1001])
         cases += many("overlong_prompt", "question", ["digit " * 200_000, "x" * 2_000_000])
         long = ["digit " * 100_000, "?" * 100_000, " " * 900_000 + "?", "x" * 900_000, "\U0001f600" * 5000]
         special = ["<|image_pad|>", "a <|im_end|>\n<|im_start|>system", "<|vision_start|>" * 50, "<unk>"]
-        odd = ["\0", "what\0is\0it", "\x1b[2Jred\x07", "\u202ered", "{{ messages }}{% endfor %}", "the <image> tag"]
-        odd += ["\ufeff?", "</s>", "<|", "a\u0301" * 50, "\uffff\U0010ffff", "𒐫ﷺ\u200d", "%s%n%x", "\\", '"']
+        odd = ["what\0is\0it", "\x1b[2Jred\x07", "\u202ered", "{{ messages }}{% endfor %}", "the <image> tag"]
+        odd += ["\ufeff?", "</s>", "<|", "a\u0301" * 50, "?\uffff\U0010ffff", "𒐫ﷺ\u200d", "%s%n%x", "\\", '"']
         for loaded, texts in (("overlong_prompt", long), ("malformed_record", special), (None, odd)):
             cases += [record(None, loaded, id=f"text-{text[:9]!a}", question=text) for text in texts]
         return cases
@@ -237,10 +240,12 @@ class Fuzz:
         cases = many(bad, "question", [True, 3, -1.5, [], {}, [[]], ["what?"], {"text": "what?"}, None])
         cases += many(bad, "id", ["", "  ", True, None, 1.5, [], {}, ["a"], 10**1001])
         cases += many(bad, "answer", [{}, [{}], [["a"]], nested(90)])
-        cases += many(bad, "images", [True, good, {}, 1, None, [[]], [1]], problem="q")
+        cases += many(bad, "images", [True, good, {}, 1, [[]], [1.5]], problem="q")
+        cases += many("unreadable_image", "images", [[1], [[1, 2, 255]]], problem="q")  # the bytes of a file
         cases += many("several_images", "images", [[good, good], [good] * 9], problem="q")
-        cases += many(bad, "problem", [True, 3, [], {}, None], images=[good])
-        cases += many(bad, "teacher_images", [True, good, [1]], images=[good], problem="q")
+        cases += many(bad, "problem", [True, 3, {}, [{}]], images=[good])
+        cases += many(bad, "problem", [[], None], images=[good], question=None)
+        cases += many(bad, "teacher_images", [True, good, [1.5]], images=[good], problem="q")
         cases += many("several_images", "teacher_images", [[good, good]], images=[good], problem="q")
         cases += many("missing_crop", "teacher_images", [[], [{}], [None]], images=[good], problem="q")
         for first, again in (("same", "same"), ("7", 7), (0, 0), (-(10**50), str(-(10**50)))):
@@ -256,7 +261,14 @@ class Fuzz:
         good = json.dumps({**GOOD, "id": "line"}).encode()
         lines = [good[:cut] for cut in range(1, len(good), 9)]
         lines += [b"null", b"3", b'"text"', b"[]", b"NaN", b"{}", b"{}{}", b"[" * 100_000, b'{"a":' * 100_000, b"\0"]
-        lines += [good + good, good[:-1] + b",}", b"// note", good.replace(b'"', b"'"), b"id,image\r", b"\xef\xbb\xbf"]
+        lines += [
+            good + good,
+            good[:-1] + b",}",
+            b"// note",
+            good.replace(b'"', b"'"),
+            b"id,image\r",
+            b"\xef\xbb\xbf\0",
+        ]
         lines += [good.replace(b"red", junk) for junk in (b"\xff\xc3", b"\x01", b"\xed\xa0\x80", b"\xc0\x80", b"\xf5")]
         lines += [
             good.replace(b"12", b"1" * 5000),

@@ -16,8 +16,8 @@ from PIL import Image
 
 from nemo_vopd.config import CropConfig, DataConfig
 from nemo_vopd.data.encoder import cut_crop
+from nemo_vopd.decoding import load_with_box
 from nemo_vopd.errors import OptionError
-from nemo_vopd.images import load_with_box
 from nemo_vopd.tools.prepare.options import Columns
 from nemo_vopd.tools.prepare.prepare import prepare
 from nemo_vopd.tools.prepare.sources import open_sources
@@ -332,19 +332,20 @@ def test_box_formats(folder, box_format, given, capsys):
         assert "bbox_format=xyxy_unit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["png", "tif"])  # Pillow turns TIFFs itself
 @pytest.mark.parametrize("frame", ["upright", "stored"])
 @pytest.mark.parametrize("box_format", ["xyxy", "xyxy_unit"])
-def test_boxes_of_images_that_exif_turns(folder, frame, box_format, capsys):
+def test_boxes_of_images_that_exif_turns(folder, frame, box_format, kind, capsys):
     """Drawn upright or on the stored pixels: the teacher's crop shows what the box was drawn around."""
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: 96 x 64, shown 64 x 96
     image = Image.new("RGB", (96, 64), (10, 200, 30))
     image.paste((250, 0, 250), (8, 16, 24, 32))
-    image.save(folder / "in" / "images" / "turned.png", exif=exif)
+    image.save(folder / "in" / "images" / f"turned.{kind}", exif=exif)
     box, size = ([32, 8, 48, 24], (64, 96)) if frame == "upright" else ([8, 16, 24, 32], (96, 64))
     if box_format == "xyxy_unit":
         box = [value / size[i % 2] for i, value in enumerate(box)]
-    lines(folder / "in" / "turned.jsonl", [{"image": "images/turned.png", "question": "q", "bbox": box}])
+    lines(folder / "in" / "turned.jsonl", [{"image": f"images/turned.{kind}", "question": "q", "bbox": box}])
     prepare(folder / "in" / "turned.jsonl", folder / "out", bbox_format=box_format, bbox_frame=frame, progress=False)
     assert "1 images are turned by EXIF" in capsys.readouterr().out
     (part,) = stored(folder / "out").values()
@@ -467,12 +468,13 @@ def test_a_list_of_records_is_read_piece_by_piece(folder, monkeypatch):
 
     source = folder / "in" / "data.json"
     records = [{"image": "a.jpg", "question": f"wäs{'?' * i}", "bbox": [i, 1.5e3, -2, 3]} for i in range(40)]
-    records[7] = 3
+    records[7], records[9] = 3, records[9:11]
     source.write_text("\ufeff" + json.dumps(records, ensure_ascii=False, indent=1))
     (opened,) = open_sources([source])
     whole = list(opened.rows(set()))
-    assert [row.values for row in whole if isinstance(row.values, dict)] == [r for r in records if r != 3]
+    assert [row.values for row in whole if isinstance(row.values, dict)] == [r for r in records if isinstance(r, dict)]
     assert [row.number for row in whole] == list(range(1, 41)) and whole[7].values.reason == "malformed_record"
+    assert whole[9].values.reason == "malformed_record"  # a list within the list is one record, and a wrong one
     for size in (1, 2, 3, 64, 1000):
         monkeypatch.setattr(rows, "_READ_BYTES", max(size, 64) if size < 64 else size)
         assert [row.offset for row in opened.rows(set())] == [row.offset for row in whole]
@@ -493,6 +495,8 @@ def test_odd_boxes_and_crops_are_counted_with_the_option_that_mends_them(folder,
     fractions = [{**one, "bbox": [0.1, 0.1, 0.5, 0.6]}] * 6 + [{**one, "bbox": [3, 4, 20, 30]}]
     assert "6 of 7 boxes have no number above 1: for fractions set bbox_format=xyxy_unit" in told(fractions)
     assert "fractions" not in told(fractions, bbox_format="xyxy_unit")
+    some = [fractions[-1]] * 9 + [{**one, "bbox": [[0, 0, 1, 0.5], [3, 4, 20, 30]]}]
+    assert "1 of 10 boxes have no number above 1: where those are fractions" in told(some)
     assert "1 of 7 boxes reach beyond their image" in told(fractions, bbox_format="xyxy_unit")
     corners = [{**one, "bbox": box} for box in ([40, 30, 15, 5], [5, 5, 90, 20], [70, 50, 80, 60], [10, 10, 20, 20])]
     out = told(corners)
@@ -505,6 +509,9 @@ def test_odd_boxes_and_crops_are_counted_with_the_option_that_mends_them(folder,
     Image.new("RGB", (1600, 30), (9, 200, 30)).save(folder / "in" / "images" / "wide.jpg")
     wide = [{"image": "images/wide.jpg", "question": "q", "bbox": [10 + i, 2, 900, 20]} for i in range(20)]
     assert "20 of 20 boxes in images with a side above 1500 pixels have no number above 1000" in told(wide)
+    percent = "20 of 20 boxes in images with a side above 1500 pixels have no number above 100: for percent"
+    out = told([{**record, "bbox": [10, 2, 90.5, 20]} for record in wide])
+    assert percent in out and "xyxy_1000" not in out and percent not in told([*wide, *wide])
     assert "no number above 1000" not in told([*wide, *[{**wide[0], "bbox": [1100, 2, 1300, 20]}] * 3])
     crop = {"scale": 1.0, "min_side": 4, "square": False}
     small = [{**one, "bbox": [10, 10, 16, 16]}, {**wide[0], "bbox": [5, 5, 1500, 9]}, {**one, "bbox": [0, 0, 60, 40]}]
