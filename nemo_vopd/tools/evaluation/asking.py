@@ -26,6 +26,8 @@ class NotAnswered:
     """In place of a reply: why the question could not be put to the model."""
 
     reason: str
+    id: str = ""
+    """Of the question; `ask` sets it."""
 
 
 Asked = tuple[Question, str]
@@ -143,7 +145,7 @@ def ask(
 
     The ranks share the questions; without a group this process asks alone. `file`, on rank 0, has what was answered
     before and gets what is new: as it comes where one process asks, else after each batch of `batch_size` questions a
-    rank. What cannot be shown goes to `unusable`.
+    rank. Why a question has no answer about any of `views` goes to `unusable`.
     """
     rank, num_ranks, collects = 0, 1, parallel.is_rank_zero()
     box = [dict(file.answers) if file is not None else {}]
@@ -152,12 +154,15 @@ def ask(
         dist.broadcast_object_list(box, src=0)
     before, answers = box[0], {}
     num_before, stream = 0, iter(questions)
+    failed: dict[str, list[str]] = {}
     with tqdm(desc=title, unit=" questions", disable=not collects) as bar:
         while True:
             mine: list[Asked] = []
             num_read = num_open = 0
             for question in islice(stream, batch_size * num_ranks):
                 num_read += 1
+                if not set(views) & set(question.views):
+                    failed[question.id] = [f"{question.id}: has neither a box nor a crop"]
                 kept = {v: again for v in views if (again := _known(before.get((question.id, v)), question))}
                 answers |= {(question.id, view): answer for view, answer in kept.items()}
                 num_before += len(kept)
@@ -170,12 +175,16 @@ def ask(
             news = map(_answer, mine, model(mine)) if num_open else ()
             for new in news if group is None else parallel.gather_all(list(news), group):
                 if isinstance(new, NotAnswered):
-                    unusable.append(new.reason)
+                    failed.setdefault(new.id, []).append(new.reason)
                     continue
                 answers[new.id, new.view] = new
                 if file is not None:
                     file.write(new)
             bar.update(num_read)
+    partly = [reason for name in failed.keys() & {name for name, _ in answers} for reason in failed.pop(name)]
+    unusable += map("; ".join, failed.values())
+    if partly and collects:
+        print(f"{title}: questions used without one of their views: {len(partly)} ({partly[0]})", flush=True)
     if num_before and collects:
         print(f"{title}: {num_before} answers were there already", flush=True)
     return list(answers.values())
@@ -191,5 +200,5 @@ def _known(answer: Answer | None, question: Question) -> Answer | None:
 def _answer(asked: Asked, reply: str | NotAnswered) -> Answer | NotAnswered:
     question, view = asked
     if isinstance(reply, NotAnswered):
-        return NotAnswered(f"{question.id}, {view} view: {reply.reason}")
+        return NotAnswered(f"{question.id}, {view} view: {reply.reason}", question.id)
     return Answer.of(question, view, reply, question.evidence_size())

@@ -14,29 +14,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nemo_vopd.errors import OptionError
-from nemo_vopd.tools.evaluation.benchmarks import Benchmark, Row, Source, plain_name
+from nemo_vopd.tools.evaluation.benchmarks import LONGEST_POINTER, Benchmark, Row, Source, plain_name
 from nemo_vopd.tools.evaluation.questions import Question, told_apart
 
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
+_LONGEST_REASON = 300  # in characters
 _ROWS_AT_ONCE = 8  # of a parquet file: an image of HR-Bench 8K takes 10 MB
-_LONGEST_POINTER = 64
-"""VLMEvalKit's TSV files store an image once; rows that share it hold the index of that row in its place."""
 
 
 def read_benchmark(benchmark: Benchmark, path: Path, unusable: list[str]) -> Iterator[Question]:
     """The questions of `benchmark` in the order of its files, below `path` or in its folder there.
 
-    A row that cannot be used is left out, and why goes to `unusable`. Raises OptionError (data.path) when there is no
-    such file, a column is missing or no row can be used.
+    A row that cannot be used, or that another of its files has too, is left out, and why goes to `unusable`. Raises
+    OptionError (data.path) when there is no such file, a column is missing or no row can be used.
     """
     source, files = _files(benchmark, path)
     seen: dict[str, int] = {}
+    places: dict[tuple[str, str, str], Path] = {}
+    first_index: int | None = None
     for file in files:
         for number, row in enumerate(read_rows(file, source.columns), start=1):
             try:
                 question = source.question(row, file)
+                place = places.setdefault((question.id, question.prompt, question.cluster()), file)
+                if place != file:
+                    raise ValueError(f"is in {place} too")
+                if benchmark.pairs:
+                    if first_index is None:  # copies count from 0 or from 1, and their first rows may be unusable
+                        first_index = 0 if int(question.id) == number - 1 else 1
+                    question.id = str(int(question.id) + 1 - first_index)
+                    if question.id in seen:
+                        raise ValueError("has the index of an earlier row, so that its pair is unknown")
             except (ValueError, OSError) as error:
-                unusable.append(f"{file.name}, row {number}: {error}")
+                # it may quote the file, and neither megabytes nor control sequences are for a terminal
+                reason = "".join(c if c.isprintable() else "?" for c in str(error)[:_LONGEST_REASON])
+                unusable.append(f"{file.name}, row {number}: {reason}")
                 continue
             question.id = told_apart(question.id, seen)
             yield question
@@ -98,8 +110,7 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Iterable[Row]]]:
                 batches = file.iter_batches(batch_size=_ROWS_AT_ONCE)
                 yield file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
         elif ending in _DELIMITERS:
-            with _separated(path) as rows:
-                columns = list(rows.fieldnames or [])
+            with _separated(path) as (columns, rows):
                 yield columns, _with_images(rows, path) if ending == ".tsv" and "image" in columns else rows
         elif ending == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
@@ -117,21 +128,35 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Iterable[Row]]]:
 
 
 @contextlib.contextmanager
-def _separated(path: Path) -> Iterator[csv.DictReader]:
+def _separated(path: Path) -> Iterator[tuple[list[str], Iterator[Row]]]:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is one field
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield csv.DictReader(file, delimiter=_DELIMITERS[path.suffix.lower()])
+        rows = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix.lower()])
+        yield list(rows.fieldnames or []), _whole(rows, path)
 
 
-def _with_images(rows: csv.DictReader, path: Path) -> Iterator[Row]:
+def _whole(rows: csv.DictReader, path: Path) -> Iterator[Row]:
+    """`rows`. Raises OptionError (data.path) when a cell holds further rows, as after a mark that is not closed."""
+    for number, row in enumerate(rows, start=1):
+        for name, cell in row.items():
+            # a text may have several lines, but hardly the delimiters of a row or a row of too many cells with them
+            if name is not None and "\n" in (cell or ""):
+                if None in row or cell.count(rows.reader.dialect.delimiter) >= len(row) - 1:
+                    rule = (
+                        f"has further rows in column {name} of row {number}, after a quotation mark that is not closed"
+                    )
+                    raise OptionError("data.path", path, rule, 'write " in a text as "", and that text between two "')
+        yield row
+
+
+def _with_images(rows: Iterable[Row], path: Path) -> Iterator[Row]:
     """`rows` with pointers replaced by images; only those that others point at are kept in memory."""
-    with _separated(path) as first_time:
-        pointers = {image for row in first_time if 0 < len(image := row.get("image") or "") <= _LONGEST_POINTER}
+    with _separated(path) as (_, first_time):
+        pointers = {image for row in first_time if 0 < len(image := row.get("image") or "") <= LONGEST_POINTER}
     images: dict[str, str] = {}
     for row in rows:
         image = row.get("image") or ""
+        image = row["image"] = images.get(image, image)
         if row.get("index") in pointers:
             images[row["index"]] = image
-        if image and len(image) <= _LONGEST_POINTER:
-            row["image"] = images.get(image, "")
         yield row

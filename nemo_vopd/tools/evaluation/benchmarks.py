@@ -20,6 +20,8 @@ from nemo_vopd.tools.evaluation.questions import OPTION, TEXT, YES_NO, Question,
 
 Row = dict[str, Any]
 
+LONGEST_POINTER = 64
+"""VLMEvalKit's TSV files store an image once; rows that share it hold the index of that row in its place."""
 LETTER_PROMPT = "\nAnswer with the option's letter from the given choices directly."
 WORD_PROMPT = "\nAnswer the question using a single word or phrase."
 REALWORLD_PROMPTS = {
@@ -71,8 +73,8 @@ class Benchmark:
     """Hugging Face data sets, and VLMEvalKit's TSV file."""
     num_questions: int | None
     """Number of questions of the whole published set, where it is known."""
-    by_category: bool = False
-    """Whether the headline is the mean of the categories' accuracies, not the accuracy over all questions."""
+    by_category: tuple[str, ...] = ()
+    """Categories whose accuracies the headline is the mean of; none: it is the accuracy over all questions."""
     pairs: bool = False
     """Whether questions 2k-1 and 2k are a pair, so that the share of right pairs is reported too."""
     protocol: Protocol | None = VISION_OPD
@@ -113,9 +115,22 @@ def _text(row: Row, *names: str) -> str:
     return next((text for name in names if (text := _cell(row.get(name)))), "")
 
 
+def _asked(row: Row, *names: str) -> str:
+    """The question in the first of the cells `names` that is not empty. Raises ValueError if it has no word."""
+    if not re.search(r"\w", text := _text(row, *names)):
+        raise ValueError("has no question")
+    return text
+
+
 def _cell(value: object) -> str:
-    """The text of a cell; tables write None or NaN into empty ones. 0 is a text like any other."""
-    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
+    """The text of a cell; tables write None or NaN into empty ones, TSV files nan. 0 is a text like any other.
+
+    Raises ValueError for what is no text or number.
+    """
+    if isinstance(value, list | tuple | dict | bytes):
+        raise ValueError(f"has a {type(value).__name__} in place of a text")
+    text = "" if value is None else str(value).strip()
+    return "" if text in ("nan", "NaN") else text
 
 
 def _options(row: Row) -> dict[str, str]:
@@ -136,6 +151,8 @@ def _image_file(cell: object) -> bytes | None:
     if isinstance(cell, bytes | bytearray):
         return bytes(cell) or None
     text = "".join(_cell(cell).split())
+    if 0 < len(text) <= LONGEST_POINTER:
+        raise ValueError(f"has {text!r} in place of an image, which is neither base64 nor the index of an earlier row")
     encoded = text.split(",", 1)[-1] if text.startswith("data:") else text
     try:
         return base64.b64decode(encoded.rstrip("=") + "=" * (-len(encoded.rstrip("=")) % 4), validate=True) or None
@@ -152,15 +169,16 @@ def _image(cell: object) -> bytes:
 def _choice(row: Row, prompt: str, options: dict[str, str], **other: Any) -> Question:
     """A question with options, from the columns index, answer and image unless `other` has id, answer or full."""
     known: Any = {"id": _text(row, "index"), "answer": row.get("answer"), "full": row.get("image")} | other
-    known["full"] = _image(known["full"])
-    letter, options = option_letter(known["answer"]), options or dict.fromkeys("ABCDE", "")
+    known["full"], letter = _image(known["full"]), option_letter(known["answer"])
+    if len(options) < 2:
+        raise ValueError("lists fewer than two options")
     if letter not in options:
         raise ValueError(f"has the answer {known['answer']!r}, which is none of its options {', '.join(options)}")
     return Question(prompt=prompt, kind=OPTION, options=options, **known | {"answer": letter})
 
 
 def _vstar(row: Row, path: Path) -> Question:
-    text = _text(row, "text")
+    text = _asked(row, "text")
     prompt = text if text.endswith(LETTER_PROMPT.strip()) else text + LETTER_PROMPT
     names = {"id": _text(row, "question_id"), "category": _text(row, "category")}
     return _choice(row, prompt, parse_options(text), answer=_text(row, "label"), **names)
@@ -168,68 +186,81 @@ def _vstar(row: Row, path: Path) -> Question:
 
 def _vstar_tsv(row: Row, path: Path) -> Question:
     options = _options(row)
-    prompt = f"{_text(row, 'question')}\n{_listed(options)}{LETTER_PROMPT}"
+    prompt = f"{_asked(row, 'question')}\n{_listed(options)}{LETTER_PROMPT}"
     return _choice(row, prompt, options, category=_text(row, "category"))
 
 
 def _zoombench(row: Row, path: Path) -> Question:
-    name, prompt, answer = (_text(row, column) for column in ("id", "query", "response"))
-    full, crop = _image(row["image"]), _image_file(row["crop_image"])
-    options, letter = parse_options(prompt), option_letter(answer)
-    if letter is not None and letter in options:
-        return Question(name, prompt, letter, OPTION, full, crop, options=options, category="choice")
-    return Question(name, prompt, answer, TEXT, full, crop, category="open")
+    name, prompt, answer = _text(row, "id"), _asked(row, "query"), _text(row, "response")
+    crop, options = _image_file(row["crop_image"]), parse_options(prompt)
+    if options and option_letter(answer):
+        return _choice(row, prompt, options, id=name, answer=answer, crop=crop, category="choice")
+    if not answer:
+        raise ValueError("has no answer")
+    return Question(name, prompt, answer, TEXT, _image(row["image"]), crop, category="open")
 
 
 def _hrbench(row: Row, path: Path) -> Question:
     """Each question occurs four times, with its options rotated."""
-    options, prompt = _options(row), _text(row, "question")
-    if options:
-        prompt += " Select from the following choices.\n" + _listed(options)
+    options = _options(row)
+    prompt = f"{_asked(row, 'question')} Select from the following choices.\n{_listed(options)}"
     return _choice(row, prompt, options, category=_text(row, "category"))
 
 
 def _realworld(row: Row, path: Path, language: str) -> Question:
     before, after = REALWORLD_PROMPTS[language]
     listed = row["multi-choice options"]
-    if isinstance(listed, str):  # TSV files hold the list as Python or JSON would write it, or one text a line
+    if not isinstance(listed, list):  # TSV files hold the list as Python would write it, or one text a line
+        text = _cell(listed)
         try:
-            listed = ast.literal_eval(listed) if listed.lstrip().startswith("[") else listed.splitlines()
-        except (ValueError, SyntaxError):
-            listed = listed.splitlines()
-    texts = [str(text).strip() for text in listed or []]
-    options_text = "\n".join(text for text in texts if text not in (before.strip(), ""))
+            listed = ast.literal_eval(text) if text.startswith("[") else text.splitlines()
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it is documented to raise
+            listed = text.splitlines()
+    options_text = "\n".join(text for text in map(_cell, listed) if text not in (before.strip(), ""))
     task, _, domain = _text(row, "category").partition("/")
     image = row["bytes"] if "bytes" in row else row["image"]
-    prompt = f"{_text(row, 'question')}{before}{options_text}{after}"
-    options = parse_options(options_text) or _options(row)
-    return _choice(row, prompt, options, full=image, category=task, subcategory=domain)
+    prompt = f"{_asked(row, 'question')}{before}{options_text}{after}"
+    return _choice(row, prompt, parse_options(options_text), full=image, category=task, subcategory=domain)
 
 
 def _visualprobe(row: Row, path: Path) -> Question:
-    images = row["images"]
-    if not isinstance(images, list) or not images:
-        raise ValueError("has no image")
-    name = str(images[0])
+    images, solution = row["images"], row["solution"]
+    if not isinstance(images, list) or len(images) != 1:
+        raise ValueError(f"has {len(images) if isinstance(images, list) else 'no'} images in place of one")
+    name = _cell(images[0])
+    # links are followed: a copy in the cache of Hugging Face consists of them
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"names the image {name}, which is outside the folder")
     level = re.search(r"VisualProbe_(Easy|Medium|Hard)", f"{path}/{name}", re.IGNORECASE)
     relative = re.sub(r"^VisualProbe_\w+/", "", name)
     file = next((f for f in (path.parent / name, path.parent / relative) if f.is_file()), None)
     if file is None:
         raise ValueError(f"names the image {name}, which is not beside {path}")
-    prompt = str(row["problem"]).replace("<image>\n", "").replace("<image>", "").strip()
-    category, answer = level.group(1).capitalize() if level else "", str(row["solution"]).strip()
-    return Question(f"{category}/{relative}", prompt, answer, TEXT, file.read_bytes(), category=category)
+    answers = [text for text in map(_cell, solution if isinstance(solution, list) else [solution]) if text]
+    if not answers:
+        raise ValueError("has no answer")
+    category, problem = level.group(1).capitalize() if level else "", re.sub("<image>\n?", "", _text(row, "problem"))
+    asked = _asked({"problem": problem}, "problem"), answers[0], TEXT, file.read_bytes()
+    return Question(f"{category}/{relative}", *asked, category=category, other_answers=answers[1:])
+
+
+def _mmvp_number(row: Row) -> str:
+    """The index of a row of MMVP; pandas writes 1.0 for 1. Raises ValueError if it is none, as pairs follow from it."""
+    text = _text(row, "Index", "index")
+    if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", text):
+        raise ValueError(f"has the index {text!r}, which is no whole number, so that its pair is unknown")
+    return str(int(text.split(".")[0]))
 
 
 def _mmvp(row: Row, path: Path) -> Question:
-    number, image = _text(row, "Index", "index"), _image_file(row.get("image"))
+    number, image = _mmvp_number(row), _image_file(row.get("image"))
     if image is None:
         file = path.parent / "MMVP Images" / f"{number}.jpg"
         if not file.is_file():
             raise ValueError(f"needs the image {file}, which is missing")
         image = file.read_bytes()
     choices = _text(row, "Options", "options")
-    prompt = f"{_text(row, 'Question', 'question')} {choices}"
+    prompt = f"{_asked(row, 'Question', 'question')} {choices}"
     answer = _text(row, "Correct Answer", "correct answer", "answer")
     return _choice(row, prompt, parse_options(choices), id=number, answer=answer, full=image)
 
@@ -237,17 +268,17 @@ def _mmvp(row: Row, path: Path) -> Question:
 def _mmvp_tsv(row: Row, path: Path) -> Question:
     options = _options(row)
     choices = " ".join(f"({letter.lower()}) {text}" for letter, text in options.items())
-    return _choice(row, f"{_text(row, 'question')} {choices}", options)
+    return _choice(row, f"{_asked(row, 'question')} {choices}", options, id=_mmvp_number(row))
 
 
 def _cv_bench(row: Row, path: Path) -> Question:
-    prompt, category = _text(row, "prompt"), _text(row, "type", "split")
+    prompt, category = _asked(row, "prompt"), _text(row, "type", "split")
     names = {"id": f"{category}/{_text(row, 'idx', 'index')}", "subcategory": _text(row, "source")}
-    return _choice(row, prompt, parse_options(prompt) or _options(row), category=category, **names)
+    return _choice(row, prompt, parse_options(prompt), category=category, **names)
 
 
 def _mmstar(row: Row, path: Path) -> Question:
-    question, options = _text(row, "question"), _options(row)
+    question, options = _asked(row, "question"), _options(row)
     # VLMEvalKit's file has the options in columns, the published one in the question
     prompt = f"{question}\nOptions: " + ", ".join(f"{k}: {v}" for k, v in options.items()) if options else question
     names = {"category": _text(row, "category"), "subcategory": _text(row, "l2_category")}
@@ -255,7 +286,7 @@ def _mmstar(row: Row, path: Path) -> Question:
 
 
 def _pope(row: Row, path: Path) -> Question:
-    image, answer, text = _image(row["image"]), _text(row, "answer").lower(), _text(row, "question")
+    image, answer, text = _image(row["image"]), _text(row, "answer").lower(), _asked(row, "question")
     if answer not in ("yes", "no"):
         raise ValueError(f"has the answer {answer!r}, neither yes nor no")
     prompt = text if text.endswith(WORD_PROMPT.strip()) else text + WORD_PROMPT
@@ -277,9 +308,9 @@ _ALL = (
     Benchmark("mme-realworld", "MME-RealWorld", f"{_REALWORLD}-Lmms-eval; {_KIT} MME-RealWorld.tsv", None),
     Benchmark("mme-realworld-cn", "MME-RealWorld-CN", f"{_REALWORLD}-CN-Lmms-eval; {_KIT} MME-RealWorld-CN.tsv", None),
     Benchmark("mme-realworld-lite", "MME-RealWorld-Lite", _LITE, 1919),
-    Benchmark("visualprobe", "VisualProbe", _LEVELS, 515, by_category=True, protocol=MINI_O3),
+    Benchmark("visualprobe", "VisualProbe", _LEVELS, 515, ("Easy", "Medium", "Hard"), protocol=MINI_O3),
     Benchmark("mmvp", "MMVP", _MMVP, 300, pairs=True),
-    Benchmark("cv-bench", "CV-Bench", _CV_BENCH, 2638, by_category=True),
+    Benchmark("cv-bench", "CV-Bench", _CV_BENCH, 2638, ("2D", "3D")),
     Benchmark("mmstar", "MMStar", f"Lin-Chen/MMStar; {_KIT} MMStar.tsv", 1500),
     Benchmark("pope", "POPE", f"lmms-lab/POPE; {_KIT} POPE.tsv", 9000),
 )

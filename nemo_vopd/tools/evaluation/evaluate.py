@@ -82,11 +82,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         if not parallel.is_rank_zero():
             continue
         if not given:
-            if config.views == ["crop"] and not unusable:
-                raise OptionError("views", config.views, "there are neither boxes nor crops", "set views=[full]")
             first = f" ({unusable[0]})" if unusable else ""
-            raise OptionError("data.path", data.path, f"holds no question that can be asked{first}", "check its images")
-        grades, seed, by_category = grade_all(given, judge), config.seed, benchmark.by_category
+            remedy = "check its images" + ("" if "full" in config.views else ", or set views=[full]")
+            raise OptionError("data.path", data.path, f"holds no question that can be asked{first}", remedy)
+        grades, seed, by_category = grade_all(given, judge), config.seed, bool(benchmark.by_category)
         result = summarise(given, grades, by_category=by_category, pairs=benchmark.pairs, seed=seed)
         result |= {"title": benchmark.title, "num_unusable": len(unusable)}
         output["results"][benchmark.name] = result
@@ -101,8 +100,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             else:
                 print(f"{benchmark.name}: the baseline answered none of these questions", flush=True)
         print(table(result, benchmark.num_questions, output["comparison"].get(benchmark.name)), flush=True)
+        if missing := [part for part in benchmark.by_category if part not in result["categories"]]:
+            print(
+                f"  no questions of {', '.join(missing)}: the accuracy is the mean of the other categories", flush=True
+            )
+        if unusable:
+            print(f"  not used: {len(unusable)} of {len(unusable) + result['num_samples']} questions", flush=True)
         for reason in unusable[:NUM_SHOWN]:
-            print(f"  not used: {reason}", flush=True)
+            print(f"    {reason}", flush=True)
     if not parallel.is_rank_zero():
         return None
     if GAP.name in output["results"]:

@@ -77,19 +77,18 @@ class Question:
     def evidence_size(self) -> float | None:
         """Area of the box, or of the crop where there is no box, over that of the full image; None if there is neither.
 
-        The images are readable. A box that is none leaves the full view to be asked about.
+        None too for an image or a box that cannot be read: the other view may have been asked about.
         """
         if self.bbox is None and self.crop is None:
             return None
-        width, height = _size(self.full)
-        if self.bbox is None:
-            crop_width, crop_height = _size(self.crop or b"")
-            return min(1.0, crop_width * crop_height / (width * height))
-        try:
+        with contextlib.suppress(Exception):  # Pillow raises almost anything
+            width, height = _size(self.full)
+            if self.bbox is None:
+                crop_width, crop_height = _size(self.crop or b"")
+                return min(1.0, crop_width * crop_height / (width * height))
             x1, y1, x2, y2 = check_box(self.bbox, (width, height))
-        except UnusableSample:
-            return None
-        return (x2 - x1) * (y2 - y1) / (width * height)
+            return (x2 - x1) * (y2 - y1) / (width * height)
+        return None
 
     def cluster(self) -> str:
         """The same for questions about the same image: their errors are not independent."""
@@ -146,7 +145,7 @@ def option_letter(answer: object) -> str | None:
 def told_apart(name: str, seen: dict[str, int]) -> str:
     """`name`, with a number from its second occurrence on: files number their questions anew in each part."""
     count = seen[name] = seen.get(name, 0) + 1
-    return name if count == 1 else f"{name}#{count}"
+    return name if count == 1 else told_apart(f"{name}#{count}", seen)  # which may itself be a name of the file
 
 
 def stored_questions(path: str, data: DataConfig, unusable: list[str]) -> Iterator[Question]:

@@ -182,7 +182,7 @@ def test_places_that_cannot_be_written(vstar, tmp_path):
             ([f"output={tmp_path}/file/out.json"], "output=.*cannot be written"),
             ([f"output={tmp_path}/out.json", f"judge.url={server.url}", "judge.model=j"], "is no file of verdicts"),
             ([f"output={tmp_path}/new.json", f"baseline={tmp_path}/typo.json"], "baseline=.*typo.*has no answers"),
-            (["views=[crop]"], "views=.*neither boxes nor crops"),
+            (["views=[crop]"], "has neither a box nor a crop.*set views=.full"),
         ):
             with pytest.raises(OptionError, match=words):
                 evaluate(served(server.url, *options, *more))
