@@ -222,8 +222,8 @@ def test_cells_of_other_writers_are_read_or_the_reason_is_told(tmp_path):
     assert [q.options for q in questions] == [{"A": "0", "B": "1", "C": "0.5"}] * len(rows) and not unusable
     assert [q.full for q in questions] == [image] * len(rows)
     for cell, reason in (
-        ("not base64!", "no base64"),
-        ("['a', 'b']", "no base64"),
+        ("not base64!", "neither base64 nor"),
+        ("['a', 'b']", "neither base64 nor"),
         ("", "has no image"),
         (None, "has no image"),
     ):
