@@ -183,15 +183,18 @@ def check_ends(path: str, what: str, act: Callable[[], Any], seconds: float) -> 
     It runs in a process of its own, which the kernel ends: Python cannot interrupt one operation such as 9**9**9. No
     other end of that process counts: whoever calls `act` next meets what was wrong.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # in the child it would destroy objects whose threads, those of process groups, are not there
     child = os.fork()
     if child == 0:
         try:
-            gc.disable()  # it would destroy objects whose threads, those of process groups, are not in this process
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             act()
         finally:
             os._exit(0)
+    if collecting:
+        gc.enable()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         raise refusal(path, f"{what} does not end within {seconds:g} seconds", _PUBLISHED)
