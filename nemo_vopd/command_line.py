@@ -191,7 +191,9 @@ def _named_configuration(arguments: list[str], command: Command) -> list[str]:
         if file.suffix in (".yaml", ".yml") and file.is_file():
             choice = f"write --config-dir {file.parent.absolute()} --config-name {file.stem}"
         raise OptionError(flag, name or "?", "is no configuration of this command", choice)
-    return [*arguments[:i], f"--config-name={plain}", *arguments[i + 1 + (not equals) :]]
+    values = {j + 1 for j in named if "=" not in arguments[j]}
+    rest = [argument for j, argument in enumerate(arguments) if j not in named and j not in values]
+    return [*rest, f"--config-name={plain}"]  # the last one counts
 
 
 def _unquoted(text: str) -> str:

@@ -119,6 +119,7 @@ def test_a_file_is_found_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("defaults: [train]\n")
     with pytest.raises(OptionError, match=f"write --config-dir {tmp_path} --config-name mine$"):
         read(["--config-name", f"{tmp_path}/mine.yaml"], TRAIN)
+    assert read(["--config-name", "train", "seed=2", "-cn=tiny"], TRAIN)[0] == ["seed=2", "--config-name=tiny"]
     own = ["--config-dir", str(tmp_path), "--config-name", "mine"]
     assert read(own, TRAIN)[0] == ["--config-dir", str(tmp_path), "--config-name=mine"]
 

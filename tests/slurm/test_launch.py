@@ -53,7 +53,7 @@ def test_local_processes_train_and_an_error_is_told(launch, tmp_path):
     assert "layout: tensor 2" in output
     code, output = finish(launch([], ["model.hf_path=/nowhere/model"]))
     assert code == 1 and "error: the run ended with an error (FAILED)" in output, output[-3000:]
-    assert "model.hf_path=/nowhere/model: has no config.json" in output
+    assert "model.hf_path=/nowhere/model: does not exist" in output
 
 
 def test_an_interrupted_launch_ends_its_run_in_order(launch, tmp_path):
@@ -94,7 +94,7 @@ def test_slurm_jobs_that_fail_or_are_refused_are_told(launch, cluster):
     code, output = finish(launch([*TWO_NODES, *one], ["model.hf_path=/nowhere/model"], env=cluster.environment()))
     assert code == 1 and re.search(r"error: job \d+ ended as FAILED; its output is in \S+_0.out\n", output), output
     (log,) = re.findall(r"its output is in (\S+)", output)
-    assert "model.hf_path=/nowhere/model: has no config.json" in Path(log).read_text()
+    assert "model.hf_path=/nowhere/model: does not exist" in Path(log).read_text()
     code, output = finish(launch([*TWO_NODES, "partition=none"], env=cluster.environment()))
     assert code == 1 and "error: sbatch refused the job: " in output and "invalid partition" in output, output
     assert "Traceback" not in output
@@ -122,15 +122,17 @@ def test_dry_run_prints_the_job_and_submits_nothing(launch, cluster, tmp_path):
 MISTAKES = {
     "executr=slurm": "executr=slurm: no such option",
     "executor=cloud": "executor=cloud: must be one of local, slurm; set executor=local",
-    "executor=slurm": "executor=slurm: there is no sbatch here; start it on a login node, or dry_run=true",
+    "executor=slurm -- --config-name tiny": "executor=slurm: there is no sbatch here; start it on a login node, or dry_run=true",
     "nproc=0": "nproc=0: must be at least 1; set nproc=1 or more",
-    "name=a/b": "name=a/b: must be letters",
+    "name=a/b -- --config-name tiny": "name=a/b: must be letters",
     "--config-name=train": "is an option of the training run; write it after --",
-    "nproc=3 -- parallel.tensor=2": "parallel.tensor=2: times parallel.pipeline=1 must divide the 3 processes",
-    "-- rollout.nn=3": "rollout.nn=3: no such option",
-    "-- --multirun": "--multirun=: is not known; give --config-name NAME and option=value after --",
-    "-- rollout.n=-1": "rollout.n=-1: must be at least 1; set rollout.n=1 or more",
-    "-- --config-name": "--config-name=: has no value",
+    "nproc=3 -- --config-name tiny parallel.tensor=2": "parallel.tensor=2: times parallel.pipeline=1 must divide the 3 processes",
+    "-- --config-name tiny rollout.nn=3": "rollout.nn=3: no such option",
+    "-- --config-name tiny --multirun": "--multirun: starts several runs in one process",
+    "-- --config-name tiny --resolve": "--resolve: cannot be passed on; give --config-name NAME and option=value after --",
+    "-- trainer.max_steps=1": "--config-name: says which configuration to use, and none was given",
+    "-- --config-name tiny rollout.n=-1": "rollout.n=-1: must be at least 1; set rollout.n=1 or more",
+    "-- --config-name": "--config-name=?: is no configuration of this command",
     "executor=slurm dry_run=true image=i -- --config-name train_7b data.path=/nowhere/d model.hf_path=/nowhere/m": (
         "model.hf_path=/nowhere/m: is not here and cannot be mounted; give a path that all nodes see"
     ),
@@ -147,7 +149,7 @@ def test_a_mistake_ends_with_one_line_and_code_2(words, launch, tmp_path):
 
 
 def test_without_nemo_run_one_line_says_how_to_get_it(launch):
-    command = [sys.executable, str(ROOT / "recipes" / "launch.py")]
+    command = [sys.executable, str(ROOT / "recipes" / "launch.py"), "--", "--config-name", "tiny"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "has no NeMo-Run" in done.stderr and "make launch-env" in done.stderr
