@@ -285,7 +285,7 @@ def test_train_runs_for_real(start, assets, tmp_path):
 
 def test_exit_codes_and_messages_pass_through(start):
     done = start("plan", "--config-name", "nosuch")
-    assert done.returncode == 2 and "Cannot find primary config 'nosuch'" in done.stderr
+    assert done.returncode == 2 and "--config-name=nosuch: is no configuration" in done.stderr
     assert start("bash", "-c", "exit 7").returncode == 7
     done = start("no-such-verb")
     assert done.returncode == 127 and done.stderr == "error: no-such-verb: is no verb and no program; see help\n"

@@ -170,7 +170,7 @@ def test_a_second_interrupt_ends_a_run_at_once(assets, tmp_path):
     command = ["recipes/train_vopd.py", "--config-name", "tiny", f"exp_manager.exp_dir={tmp_path}"]
     # a sampled token takes a while, and a step many
     process = start(*command, "trainer.max_steps=100000", "rollout.max_response_length=2000", assets=assets)
-    wait_for_steps(tmp_path, 1, process)
+    wait_for_steps(tmp_path, 2, process)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)

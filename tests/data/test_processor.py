@@ -113,7 +113,7 @@ def test_incomplete_directories_are_named(tmp_path, tiny_model):
         assert caught.value.option == "model.hf_path" and "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "not a directory" in message()
+    assert "does not exist" in message()
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         shutil.copytree(tiny_model, tmp_path / "copy")
         (tmp_path / "copy" / name).unlink()

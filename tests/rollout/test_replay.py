@@ -85,7 +85,6 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path):
             {"token_ids": [1]},
             {"index": "1"},
             {"log_probs": None},
-            {"log_probs": [float("nan"), -1.0]},
             {"log_probs": [float("-inf"), -1.0]},
             {"log_probs": [-(10**400), -1.0]},
             {"log_probs": [0.1, -1.0]},
