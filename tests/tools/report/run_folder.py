@@ -129,7 +129,8 @@ def wide_card() -> dict:
     source = {"path": path, "layout": "llama_factory", "kept": 1_234_567, "dropped": 123_456, "weight": 2.0}
     first = "line 1234567: images/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.jpg: not a file"
     reasons = ("path_outside_folder", "several_images", "malformed_record", "crop_has_no_pixels")
-    card = data_card() | dict.fromkeys(TRAITS, 1_234_567)
+    counted = "with_answer", "with_box", "with_crop", "with_hint", *TRAITS
+    card = data_card() | dict.fromkeys(counted, 1_234_567)
     options = {"columns": {"image": "path_of_the_photograph", "question": "question"}, "split_by": None, "hint": "keep"}
     return card | {
         "sources": [source, source | {"weight": 1.0}], "kept": 2_469_134, "bytes": 4_300_000_000_000,
