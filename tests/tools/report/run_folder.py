@@ -11,7 +11,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from nemo_vopd.tools.prepare.intake import TRAITS
 from nemo_vopd.tools.report.examples_file import Answer, Example, Examples, TokenTrace, picture, write_examples
 
 SUMMARY = {
@@ -129,8 +128,8 @@ def wide_card() -> dict:
     source = {"path": path, "layout": "llama_factory", "kept": 1_234_567, "dropped": 123_456, "weight": 2.0}
     first = "line 1234567: images/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.jpg: not a file"
     reasons = ("path_outside_folder", "several_images", "malformed_record", "crop_has_no_pixels")
-    counted = "with_answer", "with_box", "with_crop", "with_hint", *TRAITS
-    card = data_card() | dict.fromkeys(counted, 1_234_567)
+    counted = "with_answer with_box with_crop with_hint rotated flat dark leaving fraction upscaled"
+    card = data_card() | dict.fromkeys([*counted.split(), "several_boxes", "several_questions"], 1_234_567)
     options = {"columns": {"image": "path_of_the_photograph", "question": "question"}, "split_by": None, "hint": "keep"}
     return card | {
         "sources": [source, source | {"weight": 1.0}], "kept": 2_469_134, "bytes": 4_300_000_000_000,
