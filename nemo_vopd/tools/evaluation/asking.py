@@ -181,8 +181,9 @@ def ask(
                 if file is not None:
                     file.write(new)
             bar.update(num_read)
-    partly = [reason for name in failed.keys() & {name for name, _ in answers} for reason in failed.pop(name)]
-    unusable += map("; ".join, failed.values())
+    answered = {name for name, _ in answers}
+    partly = [reason for name, reasons in failed.items() if name in answered for reason in reasons]
+    unusable += ["; ".join(reasons) for name, reasons in failed.items() if name not in answered]
     if partly and collects:
         print(f"{title}: questions used without one of their views: {len(partly)} ({partly[0]})", flush=True)
     if num_before and collects:

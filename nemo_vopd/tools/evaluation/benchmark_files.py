@@ -142,9 +142,7 @@ def _whole(rows: csv.DictReader, path: Path) -> Iterator[Row]:
             # a text may have several lines, but hardly the delimiters of a row or a row of too many cells with them
             if name is not None and "\n" in (cell or ""):
                 if None in row or cell.count(rows.reader.dialect.delimiter) >= len(row) - 1:
-                    rule = (
-                        f"has further rows in column {name} of row {number}, after a quotation mark that is not closed"
-                    )
+                    rule = f"has further rows in column {name} of row {number}: a quotation mark is not closed"
                     raise OptionError("data.path", path, rule, 'write " in a text as "", and that text between two "')
         yield row
 

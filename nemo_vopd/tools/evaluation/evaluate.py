@@ -101,9 +101,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
                 print(f"{benchmark.name}: the baseline answered none of these questions", flush=True)
         print(table(result, benchmark.num_questions, output["comparison"].get(benchmark.name)), flush=True)
         if missing := [part for part in benchmark.by_category if part not in result["categories"]]:
-            print(
-                f"  no questions of {', '.join(missing)}: the accuracy is the mean of the other categories", flush=True
-            )
+            print(f"  no questions of {', '.join(missing)}: the accuracy is the mean of the others", flush=True)
         if unusable:
             print(f"  not used: {len(unusable)} of {len(unusable) + result['num_samples']} questions", flush=True)
         for reason in unusable[:NUM_SHOWN]:

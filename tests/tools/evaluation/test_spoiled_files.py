@@ -138,7 +138,8 @@ def test_used_and_not_used_are_all_that_were_read(tmp_path, capsys):
         result = evaluate(served(server.url, *options))["results"]["zoombench"]
         assert (result["num_samples"], result["num_unusable"], result["num_both_views"]) == (4, 2, 1)
         out = capsys.readouterr().out
-        assert "questions used without one of their views: 2 (z" in out and "  not used: 2 of 6 questions\n" in out
+        assert "questions used without one of their views: 2 (z0, full view" in out
+        assert "  not used: 2 of 6 questions\n" in out
         assert "z2, full view: unreadable_image" in out and "row 4: has no answer" in out
         sizes = {
             (a.id, a.view): a.evidence for a in read_answers(tmp_path / "out.zoombench.answers.jsonl", "output")[1]
@@ -206,7 +207,7 @@ def test_rows_that_a_quotation_mark_hides_are_told(cells, column, tmp_path):
         questions = list(read_benchmark(BENCHMARKS["vstar"], tmp_path, []))
         assert len(questions) == NUM and "Stop" in questions[0].prompt
     else:
-        rule = f"VStarBench.tsv: has further rows in column {column} of row {min(cells)}, after a quotation mark"
+        rule = f"VStarBench.tsv: has further rows in column {column} of row {min(cells)}: a quotation mark"
         with pytest.raises(OptionError, match=rule):
             next(read_benchmark(BENCHMARKS["vstar"], tmp_path, []))
 
@@ -231,4 +232,4 @@ def test_a_part_that_is_missing_from_the_mean_is_told(tmp_path, capsys):
         assert "no questions of" not in capsys.readouterr().out
         (tmp_path / "test_3d.parquet").unlink()
         assert evaluate(config)["results"]["cv-bench"]["accuracy"] == 0.75
-    assert "  no questions of 3D: the accuracy is the mean of the other categories\n" in capsys.readouterr().out
+    assert "  no questions of 3D: the accuracy is the mean of the others\n" in capsys.readouterr().out
