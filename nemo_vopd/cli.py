@@ -46,9 +46,8 @@ def run_recipe(
     --help prints what the recipe's module says, `more_help`, and every option of `command`.
 
     A user's mistake ends the process with one line (option=value: rule; remedy) and exit code 2, a fault that no option
-    mends with one line and exit code 1. Options are read
-    with Hydra itself: NeMo's `hydra_runner` accepts the same command line, but importing it takes ten seconds, which
-    nobody should wait to be told of a typing error.
+    mends with one line and exit code 1. Options are read with Hydra itself: NeMo's `hydra_runner` accepts the same
+    command line, but importing it takes ten seconds, which nobody should wait to be told of a typing error.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(command, sys.modules["__main__"].__doc__ or "", more_help() if more_help is not None else ""))

@@ -114,15 +114,9 @@ def _described(option: Option) -> str:
 
 def _shown(value: object) -> str:
     """A default as it would be typed."""
-    return (
-        "(required)"
-        if value == "???"
-        else "null"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if value == "???":
+        return "(required)"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _comment(file: Path) -> str:
@@ -156,7 +150,7 @@ def read(arguments: list[str], command: Command) -> tuple[list[str], dict[str, s
             raise OptionError(argument, ..., "is not of the form option=value", "see --help")
         elif name in command.texts:
             texts[name] = _unquoted(value)
-        elif value.count("[") + value.count("{") > value.count("]") + value.count("}") and after and "=" not in after:
+        elif value.count("[") + value.count("{") > value.count("]") + value.count("}") and re.match(r"[^-=]+$", after):
             raise OptionError(name, value, "is cut at a space", f"put quotes around it, '{argument} {after} ...'")
         else:
             overrides.append(_override(name, value, known))

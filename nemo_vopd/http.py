@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx2
 
-from nemo_vopd.alive import beat
 from nemo_vopd.errors import printable
+from nemo_vopd.watchdog import beat
 
 _LONGEST_PAUSE = 30.0
 """Longest pause between two attempts in seconds; a server may ask for twice as much."""

@@ -118,6 +118,13 @@ def validate(config: Config) -> None:
         "set rollout=vllm and distill.importance.max_weight=2.0, or rollout.ahead=false",
     )
     _require(
+        rollout.engine != "vllm" or rollout.vllm.timeout_seconds <= 60 * config.parallel.timeout_minutes,
+        "rollout.vllm.timeout_seconds",
+        rollout.vllm.timeout_seconds,
+        f"is longer than a run may wait, parallel.timeout_minutes={config.parallel.timeout_minutes:g}",
+        "lower it or raise parallel.timeout_minutes",
+    )
+    _require(
         config.parallel.context == 1,
         "parallel.context",
         config.parallel.context,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nemo_vopd.alive import beat
 from nemo_vopd.batch import DroppedSample, PromptBatch, RecordKey, Sample
 from nemo_vopd.config import DataConfig
 from nemo_vopd.data.dataset import Records
@@ -19,6 +18,7 @@ from nemo_vopd.data.encoder import SampleEncoder
 from nemo_vopd.data.order import Order
 from nemo_vopd.data.processor import Processor
 from nemo_vopd.errors import OptionError, RunError
+from nemo_vopd.watchdog import beat
 
 
 class PromptLoader(Iterator[PromptBatch]):
@@ -48,7 +48,7 @@ class PromptLoader(Iterator[PromptBatch]):
             except RuntimeError as error:
                 if "DataLoader timed out" not in str(error):
                     raise
-                beat()  # time to tell it: taking the run down waits for those processes once more
+                beat()  # taking the run down waits for those processes once more before the error is told
                 faulthandler.dump_traceback()
                 what = f"the loader's processes gave no batch within {self._timeout_seconds:g} seconds"
                 remedy = "see whether the storage of data.path answers, or raise parallel.timeout_minutes"
@@ -94,7 +94,7 @@ def build_train_loader(
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=data.num_workers,
         multiprocessing_context="fork" if data.num_workers else None,
-        timeout=timeout_seconds if data.num_workers else 0,  # else this process reads, and alive.py watches it
+        timeout=timeout_seconds if data.num_workers else 0,  # else this process reads, and the watchdog ends it
         generator=torch.Generator(),  # the iterator draws a seed, which must not come from the global generator
     )
     return PromptLoader(batches, data.batch_size, position)

@@ -12,11 +12,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from nemo_vopd.alive import beat
 from nemo_vopd.batch import MicroBatch
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.fp8 import roll_history
 from nemo_vopd.mcore.stage import Stage
+from nemo_vopd.watchdog import beat
 
 LossFunction = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """(response hidden states [T, H], microbatch index) -> (loss sum, number of tokens int32, statistics [S])."""

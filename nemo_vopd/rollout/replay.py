@@ -78,7 +78,7 @@ class ReplayEngine(RolloutEngine):
             raise _Reason(f"index {index}, and the first response has index 0")
         for number in log_probs:
             if isinstance(number, float) and math.isnan(number):
-                continue  # dumped when weights are not finite; the step that meets one is skipped and counted
+                continue  # a run whose weights are not finite dumps it; the step that reads it is skipped and counted
             if type(number) not in (int, float) or not _LEAST_LOG_PROB <= number <= _ROUND_OFF:
                 raise _Reason(f"log-prob {reprlib.repr(number)}, and the logarithm of a probability is 0 or less")
         if strangers := [number for number in tokens if not 0 <= number < self.vocab_size]:

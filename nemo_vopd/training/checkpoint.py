@@ -16,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_vopd.alive import beat
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import fingerprint
 from nemo_vopd.errors import OptionError, RunError
@@ -33,6 +32,7 @@ from nemo_vopd.training.manifest import (
     write_state,
 )
 from nemo_vopd.vlm.layout import ModelShape
+from nemo_vopd.watchdog import beat
 
 
 class Resumable(Protocol):
@@ -152,9 +152,10 @@ class Checkpointer:
         manifest = parallel.on_rank_zero(lambda: read_manifest(path))
         _check_manifest(path, manifest, self.config, run.shape)
         check_digests(path, manifest)
-        state = _in_todays_order(read_state(path), manifest)
         remedy = "delete it to resume from the one before it"
         try:
+            state = _in_todays_order(read_state(path), manifest)
+            generators, step = state["rng"], state["step"]
             beat()
             sharded_state.check_metadata(path)
             sharded_state.load(run.sharded_state(), run.student, run.groups, path)
@@ -163,11 +164,11 @@ class Checkpointer:
             reason = str(error).strip().splitlines()[-1]
             raise OptionError("checkpoint", path, f"cannot be read ({reason})", remedy) from None
         if manifest["layout"] == _layout(self.config):
-            restore_rng(state["rng"][dist.get_rank()])
+            restore_rng(generators[dist.get_rank()])
         else:  # draws depend on seed, prompt and response alone; no generator is used in a step
             logging.info("resuming in another layout: generators start from the seed")
         self.last = path
-        return state["step"]
+        return step
 
 
 def _layout(config: Config) -> dict[str, Any]:

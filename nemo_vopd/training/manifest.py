@@ -24,14 +24,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_vopd.alive import beat
 from nemo_vopd.errors import OptionError
+from nemo_vopd.watchdog import beat
 
 FORMAT = "nemo_vopd checkpoint 1"
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL = ".partial-"
 _HASHED_AT_ONCE = 4
 _REMEDY = "take another checkpoint (a run resumes from the one before when this one is deleted)"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Number of steps before a complete `checkpoint` was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class CheckpointFolder:

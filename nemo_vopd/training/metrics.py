@@ -17,7 +17,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo.utils import logging
 from torch import Tensor
 
-from nemo_vopd.alive import beat
 from nemo_vopd.batch import DroppedSample, PromptBatch, Rollout
 from nemo_vopd.distill.fused import TokenStats
 from nemo_vopd.distill.importance import mismatch
@@ -25,6 +24,7 @@ from nemo_vopd.errors import OptionError, printable
 from nemo_vopd.images import DROP_REASONS
 from nemo_vopd.mcore import cpu, parallel
 from nemo_vopd.rollout.replay import dump, to_record
+from nemo_vopd.watchdog import beat
 
 _NUM_SUMS = 10
 """Number of sums in `step_sums`: loss, tokens, six fields of TokenStats, two of `mismatch`; a maximum follows."""

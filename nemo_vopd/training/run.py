@@ -20,7 +20,6 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import OmegaConf
 
-from nemo_vopd.alive import watched
 from nemo_vopd.cli import quiet_announcements
 from nemo_vopd.config import Config
 from nemo_vopd.data.dataset import require_dataset
@@ -30,11 +29,13 @@ from nemo_vopd.mcore.strategy import MegatronStrategy
 from nemo_vopd.model import VisionOPDModel
 from nemo_vopd.training.checkpoint import Checkpointer, check_same_run
 from nemo_vopd.training.environment import describe, write_facts
+from nemo_vopd.training.manifest import step_of
 from nemo_vopd.training.metrics import ProgressBar
 from nemo_vopd.training.run_lock import RunLock
 from nemo_vopd.training.signals import StopSignals
 from nemo_vopd.training.stopping import RunControl
 from nemo_vopd.vlm.build import check_model, shape_of
+from nemo_vopd.watchdog import watched
 
 
 class Evaluation(Protocol):
@@ -92,15 +93,17 @@ def _run(
     seed_everything(config.seed, verbose=False)
     trainer = build_trainer(config)
     start_experiment(trainer, config)
-    RunControl(config).write_status("running", 0, None)  # what an earlier run left must not be taken for this one
-    if parallel.is_rank_zero():
-        write_facts(config, dist.get_world_size())
-        print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
-    # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
-    last, trainer.ckpt_path = trainer.ckpt_path, None
-    model = VisionOPDModel(config, groups, trainer, None if evaluation is None else evaluation.measure)
-    model.control.signals = signals or model.control.signals
+    control, newest = RunControl(config), next(reversed(folder.complete()), None)
+    # what an earlier start left must not be taken for this one
+    control.write_status("running", step_of(newest) if newest else 0, newest)
     try:
+        if parallel.is_rank_zero():
+            write_facts(config, dist.get_world_size())
+            print(f"writing to {config.exp_manager['exp_dir']}\n{describe(config, dist.get_world_size())}", flush=True)
+        # exp_manager has found checkpoints/last; the model reads it itself, sharded tensors do not pass Lightning
+        last, trainer.ckpt_path = trainer.ckpt_path, None
+        model = VisionOPDModel(config, groups, trainer, None if evaluation is None else evaluation.measure)
+        model.control.signals = signals or model.control.signals
         with model.control.signals:
             step = 0 if last is None else model.checkpointer.restore(model, Path(last))
             if evaluation is not None and not step:
@@ -114,8 +117,7 @@ def _run(
                 if evaluation is not None:
                     evaluation.finish(model)
     except BaseException:
-        if model.control.reason == "running":
-            model.control.write_status("error", trainer.global_step, model.checkpointer.last)
+        control.write_error()
         raise
     _tell_end(model)
     return model
@@ -214,7 +216,7 @@ def start_experiment(trainer: Trainer, config: Config) -> None:
             named |= {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), **mlflow}
             trainer.loggers = [*trainer.loggers, MLFlowLogger(**named)]
         for logger in trainer.loggers:
-            _ = logger.experiment  # type: ignore[attr-defined]  # a missing key or server is told now, not after the model was read
+            getattr(logger, "experiment", None)  # starts it: a missing key is told before the model is read
     except Exception as error:  # each logger has errors of its own
         wanted = [key for key in ("create_wandb_logger", "create_mlflow_logger") if config.exp_manager.get(key)]
         if not wanted:

@@ -30,8 +30,6 @@ class RunControl:
         self.config = config
         self.status_file = Path(config.exp_manager["exp_dir"]) / "status.json"
         self.signals = StopSignals()
-        self.reason: str | None = None
-        """What status.json says."""
         self.skipped_in_a_row = 0
         self.outside_in_a_row = 0
         self._start = self._step_start = time.monotonic()
@@ -94,7 +92,6 @@ class RunControl:
 
     def write_status(self, reason: str, step: int, checkpoint: Path | None) -> None:
         """status.json: whether the run is finished, for scripts that decide about another job."""
-        self.reason = reason
         if not parallel.is_rank_zero():
             return
         status = {
@@ -104,6 +101,16 @@ class RunControl:
             "max_steps": self.config.trainer.max_steps,
             "checkpoint": str(checkpoint) if checkpoint else None,
         }
+        self._write(status)
+
+    def write_error(self) -> None:
+        """Let status.json say that the run ended with an error, unless it gives another reason already."""
+        if parallel.is_rank_zero():
+            status = json.loads(self.status_file.read_text())
+            if status["reason"] == "running":
+                self._write({**status, "reason": "error"})
+
+    def _write(self, status: dict) -> None:
         self.status_file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.status_file.with_name("status.json.partial")
         temporary.write_text(json.dumps(status) + "\n")

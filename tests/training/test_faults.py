@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_vopd.tools.prepare.tiny_model import write_tiny_model
 from nemo_vopd.training import checkpoint
@@ -263,6 +264,21 @@ def test_a_finished_run_stays_finished_and_keeps_two_checkpoints(finished, asset
     names = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert names == ["last", "step-00000001", "step-00000002"]
     assert os.readlink(finished / "checkpoints" / "last") == "step-00000002"
+
+
+def test_a_run_that_fails_while_it_is_built_says_so(finished, assets, tmp_path):
+    """And names the checkpoint that is there, not one of step 0."""
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    shutil.copytree(assets / "tiny-vlm", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    model = f"model.hf_path={tmp_path}/model"
+    with pytest.raises(RuntimeError, match="which is not finite"):
+        run_distributed(run, 1, configure(assets, tmp_path / "run", "trainer.max_steps=3", model))
+    (status,) = read_lines(tmp_path / "run" / "status.json")
+    assert (status["reason"], status["finished"], status["step"]) == ("error", False, 2)
+    assert status["checkpoint"].endswith("step-00000002") and not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_metrics_that_are_no_lines_of_ours_do_not_stop_a_resume(finished, assets, tmp_path):

@@ -11,12 +11,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from nemo_vopd.alive import beat
 from nemo_vopd.batch import Rollout, Sample, View
 from nemo_vopd.mcore.stage import Stage
 from nemo_vopd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_vopd.rollout.native.batching import Counts, DecodingBatch, Limits, Request
 from nemo_vopd.rollout.native.stage import StagePass, TokenChoice
+from nemo_vopd.watchdog import beat
 
 
 class MegatronEngine(RolloutEngine):

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
-from nemo_vopd.alive import beat
 from nemo_vopd.errors import OptionError
 from nemo_vopd.hf_directory import DTYPES, one_line, refusal, weight_files
 from nemo_vopd.mcore import parallel
 from nemo_vopd.mcore.stage import Stage, WeightRule
 from nemo_vopd.vlm.weights.names import canonical, interleave
+from nemo_vopd.watchdog import beat
 
 _WORTH_A_PROGRESS_LINE = 100_000_000
 """Number of parameters on a rank from which reading shows its progress."""
